@@ -1,0 +1,52 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+let swiftSettings: [SwiftSetting] = [
+    .enableUpcomingFeature("ExistentialAny")
+]
+
+// Targets in the order of the house: each may import only those below it.
+let package = Package(
+    name: "wafer",
+    platforms: [.macOS(.v15)],
+    products: [
+        .executable(name: "wafer", targets: ["wafer"])
+    ],
+    dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+        .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
+    ],
+    targets: [
+        .executableTarget(
+            name: "wafer",
+            dependencies: [
+                "Control",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: swiftSettings),
+        .target(
+            name: "Control",
+            dependencies: [
+                "NBDServer", "ThinPool", "ThinMetadata", "BlockIO",
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: swiftSettings),
+        .target(
+            name: "NBDServer",
+            dependencies: [
+                "NBDProtocol", "ThinPool", "BlockIO",
+                .product(name: "Logging", package: "swift-log"),
+            ],
+            swiftSettings: swiftSettings),
+        .target(name: "NBDProtocol", swiftSettings: swiftSettings),
+        .target(
+            name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .target(
+            name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
+            swiftSettings: swiftSettings),
+        .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
+        .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
+    ]
+)
