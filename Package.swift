@@ -48,5 +48,13 @@ let package = Package(
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
+
+        // The simulator: pool, metadata and commit code over simulated disks, clock and clients.
+        .target(
+            name: "Simulation", dependencies: ["ThinPool", "ThinMetadata", "BlockIO"],
+            path: "Tests/Simulation", swiftSettings: swiftSettings),
+        .testTarget(
+            name: "ThinPoolTests", dependencies: ["Simulation", "ThinPool", "ThinMetadata"],
+            swiftSettings: swiftSettings),
     ]
 )

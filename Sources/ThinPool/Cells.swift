@@ -49,7 +49,7 @@ extension Pool {
         while next != 0 {
             let reference = StepReference(rawValue: next)
             next = step(reference).pointee.next
-            engines[reference.engine]!.post(.resume(reference.step))
+            engine(reference.engine).post(.resume(reference.step))
         }
     }
 
@@ -61,6 +61,6 @@ extension Pool {
     }
 
     private func step(_ reference: StepReference) -> UnsafeMutablePointer<Step> {
-        engines[reference.engine]!.steps[reference.step]
+        engine(reference.engine).steps[reference.step]
     }
 }

@@ -57,7 +57,8 @@ public final class Pool: @unchecked Sendable {
     var pagesHand = 0
 
     // Engines and what they wait for
-    var engines: [VolumeIO?] = []
+    /// Kept alive by their reactors, until they close.
+    var engines: [Unmanaged<VolumeIO>?] = []
     var cells: [CellKey: ParkedSteps] = [:]
     var spaceWaiters = ParkedSteps()
     /// Blocks allocated and not yet mapped or given back, the spare ones included.
@@ -321,7 +322,7 @@ public final class Pool: @unchecked Sendable {
         for waiter in waiters {
             switch waiter {
             case .request(let engine, let request):
-                engines[engine]!.post(.finish(request, error: error == nil ? 0 : EIO))
+                self.engine(engine).post(.finish(request, error: error == nil ? 0 : EIO))
             case .completion(let completion):
                 completion(error)
             }
@@ -410,6 +411,8 @@ public final class Pool: @unchecked Sendable {
     private(set) var metadataIsLost = false
     /// Called once, under the lock, when the pool fails: for the log.
     public var onFailure: (@Sendable (PoolError) -> Void)?
+
+    func engine(_ index: Int) -> VolumeIO { engines[index]!.takeUnretainedValue() }
 
     func engineSlot() -> Int {
         if let free = engines.firstIndex(where: { $0 == nil }) { return free }

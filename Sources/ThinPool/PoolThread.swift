@@ -215,8 +215,8 @@ public final class PoolThread: @unchecked Sendable {
 }
 
 extension Pool {
-    /// Nothing is left to do before the pool is closed.
-    var isAtRest: Bool {
+    /// Nothing is left to do before the pool is closed. The lock is held.
+    public var isAtRest: Bool {
         isReadOnly
             || (!metadata.hasChanges && !commitRequested && worker.changes.isEmpty
                 && worker.current == nil && discards.isEmpty

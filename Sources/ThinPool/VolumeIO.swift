@@ -78,7 +78,7 @@ public final class VolumeIO: @unchecked Sendable {
         index = pool.engineSlot()
         pool.lock.unlock()
         finished.reserveCapacity(1024)
-        pool.lock.withLock { pool.engines[index] = self }
+        pool.lock.withLock { pool.engines[index] = .passUnretained(self) }
     }
 
     /// - Precondition: nothing is in flight.
