@@ -47,6 +47,9 @@ let package = Package(
             name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
+        .testTarget(
+            name: "BlockIOTests", dependencies: ["BlockIO"],
+            swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
 
         // The simulator: pool, metadata and commit code over simulated disks, clock and clients.
