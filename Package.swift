@@ -48,5 +48,8 @@ let package = Package(
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
+        .testTarget(
+            name: "ThinMetadataTests", dependencies: ["ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
     ]
 )
