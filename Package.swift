@@ -47,17 +47,33 @@ let package = Package(
             name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
-        .testTarget(
-            name: "BlockIOTests", dependencies: ["BlockIO"],
-            swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
 
         // The simulator: pool, metadata and commit code over simulated disks, clock and clients.
         .target(
             name: "Simulation", dependencies: ["ThinPool", "ThinMetadata", "BlockIO"],
             path: "Tests/Simulation", swiftSettings: swiftSettings),
+
         .testTarget(
-            name: "ThinPoolTests", dependencies: ["Simulation", "ThinPool", "ThinMetadata"],
+            name: "BlockIOTests", dependencies: ["BlockIO"], swiftSettings: swiftSettings),
+        .testTarget(
+            name: "ThinMetadataTests", dependencies: ["ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),
+        .testTarget(
+            name: "MetadataCheckTests", dependencies: ["ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "ThinPoolTests",
+            dependencies: ["Simulation", "ThinPool", "ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "NBDProtocolTests", dependencies: ["NBDProtocol"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "NBDServerTests",
+            dependencies: ["NBDServer", "ThinPool", "ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "CommandTests", dependencies: ["wafer"], swiftSettings: swiftSettings),
     ]
 )
