@@ -49,6 +49,9 @@ let package = Package(
             name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
+        .testTarget(
+            name: "BlockIOTests", dependencies: ["BlockIO"],
+            swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
     ]
 )

@@ -1,0 +1,166 @@
+// The space behind a file device: giving it back, zeroing it, making files and making them longer.
+
+import CLinux
+import Glibc
+import Synchronization
+
+/// Modes for `IOQueue.allocate`, and what `FileDevice` itself uses.
+public enum AllocateMode {
+    /// Gives the space back; reads as zeroes afterwards.
+    public static let punchHole = Int32(CLINUX_PUNCH_HOLE) | Int32(CLINUX_KEEP_SIZE)
+    /// Keeps the space; reads as zeroes afterwards. -EOPNOTSUPP on file systems without it: then
+    /// zeroes must be written.
+    public static let zeroRange = Int32(CLINUX_ZERO_RANGE) | Int32(CLINUX_KEEP_SIZE)
+}
+
+extension FileDevice {
+    /// The most zeroes that are written at once where the device cannot zero by itself.
+    private static let zeroPiece = 1 << 20
+
+    /// Gives the space of a range back. A hint: partial sectors at the ends stay, and what a later
+    /// read gives is defined for files only (zeroes).
+    ///
+    /// An error with the code EOPNOTSUPP means that the device will never do it: stop asking.
+    public func discard(at offset: UInt64, length: UInt64) throws(DeviceError) {
+        guard length > 0 else { return }
+        try checkWritable("discard")
+        try checkRange("discard", offset, length)
+        guard !lacksDiscard.load(ordering: .relaxed) else {
+            throw failure("discard", offset, EOPNOTSUPP)
+        }
+        let code = isBlockDevice ? discardSectors(offset, length) : punchHole(offset, length)
+        guard code != 0 else { return }
+        if code == EOPNOTSUPP || code == ENOTTY || code == ENOSYS {
+            lacksDiscard.store(true, ordering: .relaxed)
+            throw failure("discard", offset, EOPNOTSUPP)
+        }
+        throw failure("discard", offset, code)
+    }
+
+    /// Makes a range read as zeroes and keeps its space, so that later writes there find it.
+    public func zero(at offset: UInt64, length: UInt64) throws(DeviceError) {
+        guard length > 0 else { return }
+        try checkWritable("zero")
+        try checkRange("zero", offset, length)
+        if !lacksZeroRange.load(ordering: .relaxed) {
+            let code = isBlockDevice ? zeroSectors(offset, length) : zeroRange(offset, length)
+            switch code {
+            case 0:
+                return
+            case EOPNOTSUPP, ENOTTY, ENOSYS:
+                lacksZeroRange.store(true, ordering: .relaxed)
+            case EINVAL:
+                break  // not whole sectors: only writing takes that
+            default:
+                throw failure("zero", offset, code)
+            }
+        }
+        try writeZeroes(offset, length)
+    }
+
+    /// Makes a regular file longer, durably; what is new is a hole.
+    public func grow(to newSize: UInt64) throws(DeviceError) {
+        try checkWritable("grow")
+        guard !isBlockDevice else {
+            throw failure(
+                "grow", nil, EINVAL, "a block device is made larger by what provides it")
+        }
+        let size = self.size
+        guard newSize >= size else {
+            throw failure(
+                "grow", nil, EINVAL,
+                "it has \(size) bytes already, and a device does not shrink")
+        }
+        guard newSize % UInt64(sectorSize) == 0 || !isDirect else {
+            throw failure(
+                "grow", nil, EINVAL, "\(newSize) bytes are not a multiple of \(sectorSize)")
+        }
+        guard let length = off_t(exactly: newSize) else { throw failure("grow", nil, EFBIG) }
+        guard ftruncate(fileDescriptor, length) == 0, fsync(fileDescriptor) == 0 else {
+            throw failure("grow", nil, errno)
+        }
+        knownSize.store(newSize, ordering: .relaxed)
+    }
+
+    /// Makes a new sparse file of `size` bytes that survives a power cut once this returns.
+    /// Only its owner may read it. Fails, and leaves nothing behind, if the path is taken.
+    public static func create(path: String, size: UInt64) throws(DeviceError) {
+        guard let length = off_t(exactly: size) else {
+            throw SystemError.opening(path, EFBIG, for: "create")
+        }
+        let raw = open(path, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR)
+        guard raw >= 0 else {
+            let code = errno
+            throw SystemError.opening(path, code, for: "create")
+        }
+        let descriptor = OwnedDescriptor(raw)
+        guard ftruncate(descriptor.raw, length) == 0, fsync(descriptor.raw) == 0 else {
+            let code = errno
+            unlink(path)
+            throw SystemError.opening(path, code, for: "create")
+        }
+        do throws(DeviceError) {
+            try syncDirectory(of: path)
+        } catch {
+            unlink(path)
+            throw error
+        }
+    }
+
+    // MARK: - Parts; each gives an errno, or 0
+
+    private func discardSectors(_ offset: UInt64, _ length: UInt64) -> Int32 {
+        let sector = UInt64(sectorSize)
+        let first = (offset + sector - 1) / sector * sector
+        let end = (offset + length) / sector * sector
+        guard first < end else { return 0 }
+        return -clinux_block_discard(fileDescriptor, first, end - first)
+    }
+
+    private func zeroSectors(_ offset: UInt64, _ length: UInt64) -> Int32 {
+        let sector = UInt64(sectorSize)
+        guard offset % sector == 0, length % sector == 0 else { return EINVAL }
+        return -clinux_block_zero(fileDescriptor, offset, length)
+    }
+
+    private func punchHole(_ offset: UInt64, _ length: UInt64) -> Int32 {
+        -clinux_allocate(fileDescriptor, AllocateMode.punchHole, offset, length)
+    }
+
+    private func zeroRange(_ offset: UInt64, _ length: UInt64) -> Int32 {
+        -clinux_allocate(fileDescriptor, AllocateMode.zeroRange, offset, length)
+    }
+
+    private func writeZeroes(_ offset: UInt64, _ length: UInt64) throws(DeviceError) {
+        let zeroes = AlignedBuffer(count: Int(min(length, UInt64(Self.zeroPiece))))
+        var done: UInt64 = 0
+        while done < length {
+            let piece = Int(min(length - done, UInt64(zeroes.count)))
+            try write(
+                at: offset + done,
+                from: UnsafeRawBufferPointer(start: zeroes.pointer, count: piece))
+            done += UInt64(piece)
+        }
+    }
+
+    /// A new file's name survives a power cut only once its directory is flushed.
+    private static func syncDirectory(of path: String) throws(DeviceError) {
+        let directory: String
+        switch path.lastIndex(of: "/") {
+        case nil: directory = "."
+        case path.startIndex: directory = "/"
+        case .some(let slash): directory = String(path[..<slash])
+        }
+        let raw = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        guard raw >= 0 else {
+            let code = errno
+            throw SystemError.opening(directory, code)
+        }
+        let descriptor = OwnedDescriptor(raw)
+        guard fsync(descriptor.raw) == 0 else {
+            throw DeviceError(
+                operation: "flush", path: directory, code: errno,
+                reason: SystemError.words(errno))
+        }
+    }
+}

@@ -1,0 +1,312 @@
+// IOQueue without io_uring: file operations are done when they are started, socket operations are
+// tried and wait in epoll where they would block. Slower (a slow disk holds up the whole thread),
+// with the same results.
+//
+// 1. `completed` holds what is done and not delivered. Nothing is delivered but from `run`.
+// 2. An operation that would block is in its descriptor's list in `waiting`, and the descriptor is
+//    armed in epoll, one shot, for the directions whose lists are not empty.
+// 3. A descriptor's event is answered by trying its operations until one would block again, so a
+//    descriptor is never armed for something that is not waited for: no busy loop.
+
+import CLinux
+import Glibc
+
+public final class PollQueue: IOQueue {
+    public let name = "poll"
+    public private(set) var outstanding = 0
+
+    private let epoll: OwnedDescriptor
+    private let events: UnsafeMutablePointer<epoll_event>
+    private var completed = CompletionList(capacity: 256)
+    private var waiting = WaitingOperations()
+    private var deadlines = DeadlineHeap()
+    /// The file systems here do not take RWF_DSYNC: write, then fdatasync.
+    private var lacksDurableWrite = false
+
+    private static let eventsAtOnce = 256
+
+    public init() throws(DeviceError) {
+        let raw = epoll_create1(Int32(EPOLL_CLOEXEC))
+        guard raw >= 0 else {
+            let code = errno
+            throw DeviceError(
+                operation: "set up", path: "epoll", code: code, reason: SystemError.words(code))
+        }
+        epoll = OwnedDescriptor(raw)
+        events = .allocate(capacity: Self.eventsAtOnce)
+    }
+
+    deinit {
+        events.deallocate()
+    }
+
+    private func complete(_ tag: UInt64, _ result: Int32) {
+        completed.append(tag, result)
+    }
+
+    // MARK: - Files: done at once
+
+    public func read(
+        _ fd: Int32, at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int,
+        tag: UInt64
+    ) {
+        outstanding += 1
+        let start = off_t(truncatingIfNeeded: offset)
+        var done = 0
+        while done < length {
+            let result = pread(fd, memory + done, length - done, start + off_t(done))
+            if result > 0 {
+                done += result
+            } else if result == 0 {
+                break
+            } else if errno != EINTR {
+                complete(tag, done > 0 ? Int32(clamping: done) : -errno)
+                return
+            }
+        }
+        complete(tag, Int32(clamping: done))
+    }
+
+    public func write(
+        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool,
+        tag: UInt64
+    ) {
+        outstanding += 1
+        let flag = durable && !lacksDurableWrite ? Int32(CLINUX_RWF_DSYNC) : 0
+        var (done, code) = writeAll(fd, offset, vectors, count, flag)
+        if flag != 0 && done == 0 && Self.isUnsupported(code) {
+            lacksDurableWrite = true
+            (done, code) = writeAll(fd, offset, vectors, count, 0)
+        }
+        if durable && lacksDurableWrite && done > 0 && fdatasync(fd) != 0 {
+            complete(tag, -errno)
+        } else {
+            complete(tag, done > 0 ? Int32(clamping: done) : -code)
+        }
+    }
+
+    /// In one call if the kernel takes everything, then vector by vector.
+    private func writeAll(
+        _ fd: Int32, _ offset: UInt64, _ vectors: UnsafePointer<iovec>, _ count: Int, _ flag: Int32
+    ) -> (done: Int, code: Int32) {
+        var done = clinux_write_vectors(fd, vectors, Int32(count), offset, flag)
+        if done < 0 { return (0, Int32(-done)) }
+        var before = 0
+        for index in 0..<count {
+            let end = before + vectors[index].iov_len
+            while done < end {
+                var rest = iovec(
+                    iov_base: vectors[index].iov_base + (done - before), iov_len: end - done)
+                let result = clinux_write_vectors(fd, &rest, 1, offset + UInt64(done), flag)
+                if result <= 0 { return (done, Int32(-result)) }
+                done += result
+            }
+            before = end
+        }
+        return (done, 0)
+    }
+
+    private static func isUnsupported(_ code: Int32) -> Bool {
+        code == EOPNOTSUPP || code == ENOSYS
+    }
+
+    public func flush(_ fd: Int32, tag: UInt64) {
+        outstanding += 1
+        var result = fdatasync(fd)
+        while result != 0 && errno == EINTR { result = fdatasync(fd) }
+        complete(tag, result == 0 ? 0 : -errno)
+    }
+
+    public func allocate(_ fd: Int32, mode: Int32, at offset: UInt64, length: UInt64, tag: UInt64) {
+        outstanding += 1
+        complete(tag, clinux_allocate(fd, mode, offset, length))
+    }
+
+    // MARK: - Sockets: tried, and waited for where they would block
+
+    public func accept(_ fd: Int32, tag: UInt64) {
+        wait(WaitingOperation(kind: .accept, fd: fd, tag: tag))
+    }
+
+    public func receive(
+        _ fd: Int32, into memory: UnsafeMutableRawPointer, length: Int, tag: UInt64
+    ) {
+        startOrWait(
+            WaitingOperation(kind: .receive, fd: fd, tag: tag, memory: memory, length: length))
+    }
+
+    public func send(_ fd: Int32, message: UnsafePointer<msghdr>, tag: UInt64) {
+        let memory = UnsafeMutableRawPointer(mutating: message)
+        startOrWait(WaitingOperation(kind: .send, fd: fd, tag: tag, memory: memory))
+    }
+
+    public func poll(_ fd: Int32, tag: UInt64) {
+        wait(WaitingOperation(kind: .poll, fd: fd, tag: tag))
+    }
+
+    private func startOrWait(_ operation: WaitingOperation) {
+        let queued = waiting.first(operation.fd, operation.direction) != nil
+        if !queued, let result = attempt(operation, events: 0) {
+            outstanding += 1
+            complete(operation.tag, result)
+        } else {
+            wait(operation)
+        }
+    }
+
+    private func wait(_ operation: WaitingOperation) {
+        outstanding += 1
+        guard operation.fd >= 0 else {
+            complete(operation.tag, -EBADF)
+            return
+        }
+        waiting.append(operation)
+        arm(operation.fd)
+    }
+
+    /// The result, or nil if the operation would block. `events`: what epoll said, 0 before.
+    private func attempt(_ operation: WaitingOperation, events: UInt32) -> Int32? {
+        var result: Int32
+        repeat {
+            switch operation.kind {
+            case .receive:
+                result = Self.resultOf(
+                    recv(operation.fd, operation.memory, operation.length, Self.withoutWaiting))
+            case .send:
+                let message = operation.memory!.assumingMemoryBound(to: msghdr.self)
+                result = Self.resultOf(
+                    sendmsg(operation.fd, message, Self.withoutWaiting | Self.withoutSignal))
+            case .accept:
+                result = acceptNow(operation.fd)
+            case .poll:
+                return events == 0 ? nil : Int32(events)
+            }
+        } while result == -EINTR
+        return result == -EAGAIN ? nil : result
+    }
+
+    private static let withoutWaiting = Int32(MSG_DONTWAIT)
+    private static let withoutSignal = Int32(MSG_NOSIGNAL)
+
+    private static func resultOf(_ returned: Int) -> Int32 {
+        returned < 0 ? -errno : Int32(clamping: returned)
+    }
+
+    /// Another reactor may take the connection between epoll's answer and this call, which must
+    /// not block then: there is no flag for that, so the socket itself is made so.
+    private func acceptNow(_ fd: Int32) -> Int32 {
+        let flags = fcntl(fd, F_GETFL)
+        if flags >= 0 && flags & O_NONBLOCK == 0 {
+            _ = fcntl(fd, F_SETFL, flags | O_NONBLOCK)
+        }
+        return clinux_accept(fd)
+    }
+
+    private static let inputEvents = UInt32(EPOLLIN.rawValue)
+    private static let outputEvents = UInt32(EPOLLOUT.rawValue)
+    private static let endEvents = UInt32(EPOLLERR.rawValue) | UInt32(EPOLLHUP.rawValue)
+    private static let oneShot = UInt32(EPOLLONESHOT.rawValue)
+
+    /// Has epoll report the next event that the descriptor's lists wait for. The descriptor's
+    /// number may have come to a new file since it was last armed, so the kernel's word counts.
+    private func arm(_ fd: Int32) {
+        var wanted: UInt32 = 0
+        if waiting.first(fd, .input) != nil { wanted |= Self.inputEvents }
+        if waiting.first(fd, .output) != nil { wanted |= Self.outputEvents }
+        guard wanted != 0 else { return }
+        var event = epoll_event()
+        event.events = wanted | Self.oneShot
+        event.data.fd = fd
+        var result = epoll_ctl(epoll.raw, EPOLL_CTL_MOD, fd, &event)
+        if result != 0 && errno == ENOENT {
+            result = epoll_ctl(epoll.raw, EPOLL_CTL_ADD, fd, &event)
+        }
+        guard result != 0 else { return }
+        // EPERM: a regular file, which poll(2) calls always readable.
+        let code = errno
+        for direction in WaitingOperation.Direction.allCases {
+            while let operation = waiting.first(fd, direction) {
+                waiting.removeFirst(fd, direction)
+                let isReady = code == EPERM && operation.kind == .poll
+                complete(operation.tag, isReady ? Int32(Self.inputEvents) : -code)
+            }
+        }
+    }
+
+    private func answer(_ fd: Int32, _ events: UInt32) {
+        if events & (Self.inputEvents | Self.endEvents) != 0 { tryWaiting(fd, .input, events) }
+        if events & (Self.outputEvents | Self.endEvents) != 0 { tryWaiting(fd, .output, events) }
+        arm(fd)
+    }
+
+    private func tryWaiting(
+        _ fd: Int32, _ direction: WaitingOperation.Direction, _ events: UInt32
+    ) {
+        while let operation = waiting.first(fd, direction),
+            let result = attempt(operation, events: events)
+        {
+            waiting.removeFirst(fd, direction)
+            complete(operation.tag, result)
+        }
+    }
+
+    // MARK: - Timeouts
+
+    public func timeout(nanoseconds: UInt64, tag: UInt64) {
+        outstanding += 1
+        let (deadline, overflow) = Self.now().addingReportingOverflow(nanoseconds)
+        deadlines.insert(overflow ? .max : deadline, tag)
+    }
+
+    private static func now() -> UInt64 {
+        var time = timespec()
+        clock_gettime(CLOCK_MONOTONIC, &time)
+        return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
+    }
+
+    private func expireTimeouts() {
+        guard !deadlines.isEmpty else { return }
+        let now = Self.now()
+        while let first = deadlines.first, first.deadline <= now {
+            deadlines.removeFirst()
+            complete(first.tag, -ETIME)
+        }
+    }
+
+    /// Milliseconds for epoll: rounded up, because waking too early would mean turning in circles
+    /// until the deadline.
+    private func patience() -> Int32 {
+        guard let first = deadlines.first else { return -1 }
+        let now = Self.now()
+        guard first.deadline > now else { return 0 }
+        let nanosecondsToMillisecond: UInt64 = 1_000_000
+        return Int32(clamping: (first.deadline - now - 1) / nanosecondsToMillisecond + 1)
+    }
+
+    // MARK: - Running
+
+    public func run(wait: Bool, _ body: (UInt64, Int32) -> Void) throws(DeviceError) {
+        assert(!wait || outstanding > 0, "waits for ever: nothing is outstanding")
+        if !waiting.isEmpty || wait && completed.isEmpty {
+            let limit = wait && completed.isEmpty ? patience() : 0
+            let count = epoll_wait(epoll.raw, events, Int32(Self.eventsAtOnce), limit)
+            if count < 0 && errno != EINTR {
+                throw DeviceError(
+                    operation: "wait for", path: "epoll", code: errno,
+                    reason: SystemError.words(errno))
+            }
+            for index in 0..<max(Int(count), 0) {
+                answer(events[index].data.fd, events[index].events)
+            }
+        }
+        expireTimeouts()
+        // What completes by operations that `body` starts waits for the next turn.
+        var left = completed.count
+        while left > 0 {
+            let completion = completed.removeFirst()
+            left -= 1
+            outstanding -= 1
+            body(completion.tag, completion.result)
+        }
+    }
+}

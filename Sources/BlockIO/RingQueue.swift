@@ -1,0 +1,220 @@
+// IOQueue on io_uring: starting an operation fills a submission entry; one system call a turn
+// submits them all, waits, and collects the completions.
+//
+// 1. An operation in a submission entry is never dropped: when the entries are full they are
+//    submitted at once.
+// 2. Completions that must be taken from the ring outside of `run` go to `stash`, and the next
+//    `run` delivers them first, without waiting.
+// 3. An error of the ring that is not about one operation is kept in `failure`; every `run` from
+//    then on throws it.
+
+import CLinux
+import Glibc
+
+public final class RingQueue: IOQueue {
+    public let name = "io_uring"
+    public private(set) var outstanding = 0
+
+    private let ring: UnsafeMutablePointer<io_uring>
+    /// A timeout's time, by the index of its submission entry: in place until it is submitted.
+    private let times: UnsafeMutablePointer<__kernel_timespec>
+    /// Takes the operations started after a failure.
+    private let spareEntry: UnsafeMutablePointer<io_uring_sqe>
+    private var stash = CompletionList(capacity: 64)
+    private var failure: DeviceError?
+
+    private static let entriesAtMost = 4096
+    /// How long to wait when the kernel has no memory to take a submission.
+    private static let shortagePause: UInt32 = 1000  // microseconds
+
+    /// Throws what `isUnavailable` recognises where io_uring is missing, forbidden or too old.
+    public init(entries: Int) throws(DeviceError) {
+        let ring = UnsafeMutablePointer<io_uring>.allocate(capacity: 1)
+        ring.initialize(to: io_uring())
+        let result = clinux_ring_open(ring, UInt32(min(max(entries, 1), Self.entriesAtMost)))
+        guard result == 0 else {
+            ring.deallocate()
+            throw Self.opening(result)
+        }
+        self.ring = ring
+        times = .allocate(capacity: Int(clinux_ring_entries(ring)))
+        spareEntry = .allocate(capacity: 1)
+        spareEntry.initialize(to: io_uring_sqe())
+    }
+
+    deinit {
+        io_uring_queue_exit(ring)
+        ring.deallocate()
+        times.deallocate()
+        spareEntry.deallocate()
+    }
+
+    // MARK: - Availability
+
+    private static func opening(_ result: Int32) -> DeviceError {
+        let (code, reason): (Int32, String) =
+            switch result {
+            case Int32(CLINUX_RING_MISSING_FEATURES), Int32(CLINUX_RING_MISSING_OPERATIONS):
+                (ENOSYS, "the kernel's io_uring is too old")
+            case -ENOSYS: (ENOSYS, "the kernel has no io_uring")
+            case -EPERM, -EACCES:
+                (-result, "io_uring is forbidden here (kernel.io_uring_disabled, or a sandbox)")
+            case -ENOMEM:
+                (ENOMEM, "io_uring gets no memory; raise RLIMIT_MEMLOCK (ulimit -l)")
+            default: (-result, "io_uring cannot be set up: \(SystemError.words(-result))")
+            }
+        return DeviceError(operation: "set up", path: "io_uring", code: code, reason: reason)
+    }
+
+    /// Whether an error of `init` means that this system does not offer io_uring.
+    static func isUnavailable(_ error: DeviceError) -> Bool {
+        switch error.code {
+        case ENOSYS, EPERM, EACCES, ENOMEM, EINVAL: true
+        default: false
+        }
+    }
+
+    // MARK: - Starting operations
+
+    public func read(
+        _ fd: Int32, at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int,
+        tag: UInt64
+    ) {
+        clinux_prepare_read(nextEntry(), fd, memory, length, offset, tag)
+    }
+
+    public func write(
+        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool,
+        tag: UInt64
+    ) {
+        clinux_prepare_write(nextEntry(), fd, vectors, count, offset, durable, tag)
+    }
+
+    public func flush(_ fd: Int32, tag: UInt64) {
+        clinux_prepare_flush(nextEntry(), fd, tag)
+    }
+
+    public func allocate(_ fd: Int32, mode: Int32, at offset: UInt64, length: UInt64, tag: UInt64) {
+        clinux_prepare_allocate(nextEntry(), fd, mode, offset, length, tag)
+    }
+
+    public func accept(_ fd: Int32, tag: UInt64) {
+        // The ring would answer -EAGAIN at once instead of waiting.
+        let flags = fcntl(fd, F_GETFL)
+        if flags >= 0 && flags & O_NONBLOCK != 0 {
+            _ = fcntl(fd, F_SETFL, flags & ~O_NONBLOCK)
+        }
+        clinux_prepare_accept(nextEntry(), fd, tag)
+    }
+
+    public func receive(
+        _ fd: Int32, into memory: UnsafeMutableRawPointer, length: Int, tag: UInt64
+    ) {
+        clinux_prepare_receive(nextEntry(), fd, memory, length, tag)
+    }
+
+    public func send(_ fd: Int32, message: UnsafePointer<msghdr>, tag: UInt64) {
+        clinux_prepare_send(nextEntry(), fd, message, tag)
+    }
+
+    public func poll(_ fd: Int32, tag: UInt64) {
+        clinux_prepare_poll(nextEntry(), fd, tag)
+    }
+
+    public func timeout(nanoseconds: UInt64, tag: UInt64) {
+        let entry = nextEntry()
+        let index = entry == spareEntry ? 0 : clinux_ring_index(ring, entry)
+        clinux_prepare_timeout(entry, times + index, nanoseconds, tag)
+    }
+
+    @inline(__always)
+    private func nextEntry() -> UnsafeMutablePointer<io_uring_sqe> {
+        outstanding += 1
+        if let entry = clinux_ring_entry(ring) { return entry }
+        return makeRoom()
+    }
+
+    /// The entries are full: submits them. Does not return before one is free.
+    @inline(never)
+    private func makeRoom() -> UnsafeMutablePointer<io_uring_sqe> {
+        while failure == nil {
+            let result = clinux_ring_submit(ring)
+            if let entry = clinux_ring_entry(ring) { return entry }
+            switch -result {
+            case 0, EINTR, EAGAIN, EBUSY:
+                // Too many completions wait, or memory is short: take what is there.
+                if !stashCompletions() { usleep(Self.shortagePause) }
+            default:
+                fail("submit to", -result)
+            }
+        }
+        return spareEntry
+    }
+
+    private func stashCompletions() -> Bool {
+        let collected = clinux_ring_submit_and_collect(ring)
+        var progress = collected > 0
+        var tag: UInt64 = 0
+        var result: Int32 = 0
+        while clinux_ring_take(ring, &tag, &result) {
+            stash.append(tag, result)
+            progress = true
+        }
+        return progress
+    }
+
+    // MARK: - Running
+
+    public func run(wait: Bool, _ body: (UInt64, Int32) -> Void) throws(DeviceError) {
+        let shortage = try enter(wait: wait && stash.isEmpty)
+        var delivered = 0
+        var tag: UInt64 = 0
+        var result: Int32 = 0
+        // What arrives by operations that `body` starts waits for the next turn.
+        var stashed = stash.count
+        while stashed > 0 {
+            let completion = stash.removeFirst()
+            stashed -= 1
+            delivered += 1
+            outstanding -= 1
+            body(completion.tag, completion.result)
+        }
+        var ready = clinux_ring_ready(ring)
+        while ready > 0, clinux_ring_take(ring, &tag, &result) {
+            ready -= 1
+            delivered += 1
+            outstanding -= 1
+            body(tag, result)
+        }
+        if shortage && delivered == 0 { usleep(Self.shortagePause) }
+    }
+
+    /// One system call, or none if it could do nothing. True: the kernel was short of something
+    /// and took less than it was given; it is given again in the next turn.
+    private func enter(wait: Bool) throws(DeviceError) -> Bool {
+        if let failure { throw failure }
+        let result: Int32
+        if wait {
+            assert(outstanding > 0, "waits for ever: nothing is outstanding")
+            result = clinux_ring_submit_and_wait(ring)
+        } else if clinux_ring_wants_entry(ring) {
+            result = clinux_ring_submit_and_collect(ring)
+        } else {
+            return false
+        }
+        switch -result {
+        case ...0, EINTR: return false
+        case EAGAIN, EBUSY: return true
+        default:
+            throw fail("wait for", -result)
+        }
+    }
+
+    @discardableResult
+    private func fail(_ operation: String, _ code: Int32) -> DeviceError {
+        let error = DeviceError(
+            operation: operation, path: name, code: code, reason: SystemError.words(code))
+        failure = error
+        return error
+    }
+}
