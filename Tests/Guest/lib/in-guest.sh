@@ -37,7 +37,7 @@ stop_server() {
     server=''
 }
 # How many data blocks are in use.
-used_blocks() { wafer pool status $pool --json | jq .usedBlocks; }
+used_blocks() { wafer pool status $pool --json | jq .dataBlocksUsed; }
 used_at_most() { [ "$(used_blocks)" -le "$1" ]; }
 # The thin device behind a volume.
 device_id() { wafer volume list $pool --json | jq -r --arg n "$1" '.[] | select(.name == $n).id'; }
@@ -55,13 +55,14 @@ drop_caches() { sync; echo 3 > /proc/sys/vm/drop_caches; }
 digest() { sha1sum < "$1" | cut -d' ' -f1; }
 
 # --- dm-thin on the same disks ------------------------------------------------------------------------
-# The block size and the pool's size are what the metadata says.
+# dm_start_pool [BLOCK_SECTORS]: an empty metadata disk becomes a new pool, another one is opened.
 dm_start_pool() {
-    local data_sectors
-    data_sectors=$(blockdev --getsz /dev/d1)
-    data_sectors=$((data_sectors / 128 * 128))
-    quietly dmsetup create pool --table "0 $data_sectors thin-pool /dev/d0 /dev/d1 128 0"
+    local block=${1:-128} sectors
+    sectors=$(blockdev --getsz /dev/d1)
+    quietly dmsetup create pool --table \
+        "0 $((sectors / block * block)) thin-pool /dev/d0 /dev/d1 $block 0"
 }
+dm_message() { quietly dmsetup message pool 0 "$@"; }
 # dm_thin NAME ID BYTES: the thin device ID as /dev/mapper/NAME
 dm_thin() { quietly dmsetup create "$1" --table "0 $(($3 / 512)) thin /dev/mapper/pool $2"; }
 dm_stop() { quietly dmsetup remove --retry "$@"; }
