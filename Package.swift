@@ -76,9 +76,6 @@ let package = Package(
             dependencies: ["Simulation", "ThinPool", "ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),
         .testTarget(
-            name: "NBDProtocolTests", dependencies: ["NBDProtocol"],
-            swiftSettings: swiftSettings),
-        .testTarget(
             name: "NBDServerTests",
             dependencies: ["NBDServer", "ThinPool", "ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),

@@ -13,15 +13,21 @@ struct Simulate: ParsableCommand {
     @Option(help: "Run this many seeds.") var seeds: UInt64 = 100
     @Option(help: "First of the seeds.") var first: UInt64 = 1
     @Option(help: "Run for this long instead.") var minutes: Double?
+    @Option(help: "Have every n-th final state checked by the thin_checks that are installed.")
+    var inspectEvery: UInt64 = 10
 
     func run() throws {
         var total = WorldCounts()
         var done: UInt64 = 0
+        let inspection = Inspection.installed
         let start = Self.seconds()
         var current = seed ?? first
         while true {
             do {
-                let counts = try History(seed: current).run()
+                let inspects = done % inspectEvery == 0
+                let counts = try History(seed: current).run {
+                    try (inspects ? inspection : Inspection(tools: [])).inspect($0)
+                }
                 total.requests += counts.requests
                 total.powerCuts += counts.powerCuts
                 total.snapshots += counts.snapshots

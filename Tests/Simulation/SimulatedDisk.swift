@@ -21,6 +21,12 @@ public final class SimulatedDisk: BlockDevice {
         bytes = [UInt8](repeating: 0, count: size)
     }
 
+    /// A disk with these contents, all of them on the medium.
+    public init(path: String, bytes: [UInt8]) {
+        self.path = path
+        self.bytes = bytes
+    }
+
     /// What was on the medium before anybody wrote.
     func fill(_ byte: UInt8) { bytes = [UInt8](repeating: byte, count: bytes.count) }
 
