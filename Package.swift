@@ -44,7 +44,7 @@ let package = Package(
             name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),
         .target(
-            name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
+            name: "ThinMetadata", dependencies: ["BlockIO"],
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
         .testTarget(
