@@ -51,7 +51,7 @@ public final class PollQueue: IOQueue {
         let start = off_t(truncatingIfNeeded: offset)
         var done = 0
         while done < length {
-            let result = pread(fd, memory + done, length - done, start + off_t(done))
+            let result = pread(fd, memory + done, length - done, start &+ off_t(done))
             if result > 0 {
                 done += result
             } else if result == 0 {
@@ -94,7 +94,7 @@ public final class PollQueue: IOQueue {
             while done < end {
                 var rest = iovec(
                     iov_base: vectors[index].iov_base + (done - before), iov_len: end - done)
-                let result = clinux_write_vectors(fd, &rest, 1, offset + UInt64(done), flag)
+                let result = clinux_write_vectors(fd, &rest, 1, offset &+ UInt64(done), flag)
                 if result <= 0 { return (done, Int32(-result)) }
                 done += result
             }

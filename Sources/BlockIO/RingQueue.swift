@@ -47,7 +47,7 @@ public final class RingQueue: IOQueue {
                 (-result, "io_uring is forbidden here (kernel.io_uring_disabled, or a sandbox)")
             case -ENOMEM:
                 (ENOMEM, "io_uring gets no memory; raise RLIMIT_MEMLOCK (ulimit -l)")
-            default: (-result, "io_uring cannot be set up: \(SystemError.words(-result))")
+            default: (-result, SystemError.words(-result))
             }
         return DeviceError(operation: "set up", path: "io_uring", code: code, reason: reason)
     }
