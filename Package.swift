@@ -46,7 +46,7 @@ let package = Package(
             name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),
         .target(
-            name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
+            name: "ThinMetadata", dependencies: ["BlockIO"],
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
