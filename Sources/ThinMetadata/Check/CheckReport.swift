@@ -7,7 +7,8 @@ public struct CheckFinding: Sendable, Hashable, CustomStringConvertible {
         /// Space is lost, or will not come back when freed; no data is at risk.
         case leak
         /// Nothing is lost yet, but the writer of this was not following the format, or other
-        /// software may stumble over it.
+        /// software may stumble over it. Wrong sums of free blocks are here, too: they make a pool
+        /// look fuller than it is.
         case suspicious
         /// Data is lost, unreachable, or will be overwritten if the pool is used as it is.
         case damage

@@ -269,7 +269,7 @@ extension MetadataCheck.Examination {
         }
         if isComplete && allocated != map.root.allocatedCount {
             log.add(
-                .damage, .allocatedCount, block: 0,
+                .suspicious, .allocatedCount, block: 0,
                 "nr_allocated of the \(map.blocks) space map is \(map.root.allocatedCount), its "
                     + "bitmaps have \(allocated)")
         }
@@ -432,7 +432,7 @@ extension MetadataCheck {
             if entry.freeCount != free {
                 let leavesOutTail = freePastEnd > 0 && entry.freeCount == free - freePastEnd
                 log.add(
-                    leavesOutTail ? .suspicious : .damage, .freeCount, block: entry.from,
+                    .suspicious, .freeCount, block: entry.from,
                     leavesOutTail
                         ? "nr_free of \(name) leaves out the entries past the device's end: when it "
                             + "grows, its new blocks cannot be used (thin_restore before 1.0.10 "
@@ -441,7 +441,7 @@ extension MetadataCheck {
             }
             if entry.noneFreeBefore > firstFree {
                 log.add(
-                    .damage, .freeHint, block: entry.from,
+                    .suspicious, .freeHint, block: entry.from,
                     "none_free_before of \(name) is \(entry.noneFreeBefore), but entry \(firstFree) "
                         + "is free")
             }
