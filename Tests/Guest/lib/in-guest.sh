@@ -52,7 +52,7 @@ attach() {
 has_size() { [ "$(cat "/sys/block/${1#/dev/}/size")" -gt 0 ]; }
 detach() { quietly nbd-client -d "/dev/nbd$1"; }
 drop_caches() { sync; echo 3 > /proc/sys/vm/drop_caches; }
-digest() { sha1sum < "$1" | cut -d' ' -f1; }
+digest() { md5sum < "$1" | cut -d' ' -f1; }
 
 # --- dm-thin on the same disks ------------------------------------------------------------------------
 # dm_start_pool [BLOCK_SECTORS]: an empty metadata disk becomes a new pool, another one is opened.
