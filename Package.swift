@@ -35,7 +35,7 @@ let package = Package(
         .target(
             name: "NBDServer",
             dependencies: [
-                "NBDProtocol", "ThinPool", "BlockIO",
+                "NBDProtocol", "ThinPool", "BlockIO", "CLinux",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: swiftSettings),
@@ -43,10 +43,10 @@ let package = Package(
         .testTarget(
             name: "NBDProtocolTests", dependencies: ["NBDProtocol"], swiftSettings: swiftSettings),
         .target(
-            name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO"],
+            name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .target(
-            name: "ThinMetadata", dependencies: ["BlockIO"],
+            name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),

@@ -9,6 +9,13 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <poll.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <liburing.h>
 
 /// CRC-32C (Castagnoli, reflected) of `length` bytes, with the usual final inversion:
 /// clinux_crc32c("123456789", 9) is 0xE3069283.
@@ -83,6 +90,8 @@ int clinux_signal_take(int fd);
 int clinux_set_io_flusher(void);
 /// mlockall of what is mapped and will be mapped, page by page as each is first touched.
 int clinux_lock_memory(void);
+/// Names the calling thread, for tools that list threads; at most 15 bytes count.
+void clinux_name_thread(const char *name);
 /// mremap, moving where it must: the new place, or NULL with errno.
 void *clinux_remap(void *memory, size_t old_length, size_t new_length);
 
