@@ -53,6 +53,13 @@ let package = Package(
         .target(
             name: "Simulation", dependencies: ["ThinPool", "ThinMetadata", "BlockIO"],
             path: "Tests/Simulation", swiftSettings: swiftSettings),
+        .executableTarget(
+            name: "simulate",
+            dependencies: [
+                "Simulation",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            path: "Tests/Simulate", swiftSettings: swiftSettings),
 
         .testTarget(
             name: "BlockIOTests", dependencies: ["BlockIO"], swiftSettings: swiftSettings),

@@ -15,7 +15,7 @@ public protocol DataIO: AnyObject {
     func zero(at offset: UInt64, length: UInt64, tag: UInt64)
 }
 
-public enum VolumeOperation: UInt8, Sendable {
+@frozen public enum VolumeOperation: UInt8, Sendable, BitwiseCopyable {
     case read, write, flush, trim, writeZeroes, cache
 }
 

@@ -12,7 +12,7 @@ import Synchronization
 import ThinMetadata
 
 /// What the table knows of a virtual block.
-@frozen enum TableEntry: Equatable {
+enum TableEntry: Equatable {
     case unknown
     case unmapped
     case mapped(Mapping)

@@ -66,7 +66,6 @@ public final class PoolThread: @unchecked Sendable {
     }
 
     private func run() {
-        pthread_setname_np(pthread_self(), "wafer-pool")
         queue = try? makeIOQueue(entries: Self.queueEntries, allowRing: allowRing).0
         pool.lock.lock()
         defer { pool.lock.unlock() }

@@ -18,8 +18,10 @@ final class VolumeModel {
 
     let name: String
     let sectors: Int
-    /// Oldest first; the first is what a power cut certainly leaves behind or something newer.
+    /// Oldest first. None is forgotten while a read might still return it.
     var versions: [[Version]]
+    /// The version that a power cut certainly leaves behind, or something newer.
+    var durable: [Int]
     /// Sectors that a change in flight covers: nobody else changes them meanwhile.
     var busy: [Bool]
     /// Its deletion has been asked for.
@@ -29,6 +31,7 @@ final class VolumeModel {
         self.name = name
         self.sectors = sectors
         versions = Array(repeating: [Version(value: 0, acknowledged: 0)], count: sectors)
+        durable = Array(repeating: 0, count: sectors)
         busy = Array(repeating: false, count: sectors)
     }
 
@@ -39,12 +42,12 @@ final class VolumeModel {
         }
     }
 
-    func acknowledge(_ range: Range<Int>, value: UInt64, at time: UInt64, durable: Bool) {
+    func acknowledge(_ range: Range<Int>, value: UInt64, at time: UInt64, isDurable: Bool) {
         for s in range {
             busy[s] = false
             guard let i = versions[s].lastIndex(where: { $0.value == value }) else { continue }
             versions[s][i].acknowledged = time
-            if durable { versions[s].removeFirst(i) }
+            if isDurable { durable[s] = i }
         }
     }
 
@@ -60,9 +63,9 @@ final class VolumeModel {
     func flushed(sentAt time: UInt64) {
         for s in 0..<sectors {
             if let i = versions[s].lastIndex(where: { $0.acknowledged.map { $0 <= time } ?? false }),
-                i > 0
+                i > durable[s]
             {
-                versions[s].removeFirst(i)
+                durable[s] = i
             }
         }
     }
@@ -79,7 +82,9 @@ final class VolumeModel {
             from: versions[sector].lastIndex { $0.acknowledged.map { $0 <= time } ?? false } ?? 0)
     }
 
-    func allowsAfterCut(_ sector: Int, _ value: UInt64) -> Bool { allows(sector, value, from: 0) }
+    func allowsAfterCut(_ sector: Int, _ value: UInt64) -> Bool {
+        allows(sector, value, from: durable[sector])
+    }
 
     private func allows(_ sector: Int, _ value: UInt64, from: Int) -> Bool {
         versions[sector][from...].contains { $0.value == value }
@@ -88,6 +93,7 @@ final class VolumeModel {
     /// The sector was read with nothing in flight: now there is one truth.
     func settle(_ sector: Int, _ value: UInt64, at time: UInt64) {
         versions[sector] = [Version(value: value, acknowledged: time)]
+        durable[sector] = 0
         busy[sector] = false
     }
 
@@ -106,6 +112,7 @@ extension VolumeModel {
         for s in 0..<sectors {
             let all = origin.versions[s]
             let first = all.lastIndex { $0.acknowledged.map { $0 <= time } ?? false } ?? 0
+            // Not even a power cut leaves an older one: the snapshot's commit covers this one.
             versions[s] = all[first...].enumerated().map { i, version in
                 var version = version
                 // It never changes: which of them it is, is decided but not known.

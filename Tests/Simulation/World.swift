@@ -56,6 +56,7 @@ public struct WorldCounts: Sendable {
     public var deletions = 0
     public var commits = 0
     public var outOfSpace = 0
+    public init() {}
 }
 
 public final class World {
@@ -117,7 +118,7 @@ public final class World {
         metadataDisk = SimulatedDisk(
             path: "simulated metadata", size: options.metadataBlocks * Layout.blockSize)
         dataDisk = SimulatedDisk(
-            path: "simulated data", size: options.dataBlocks * blockSize)
+            path: "simulated data", size: options.dataBlocks * Int(options.blockSectors) * 512)
         // Nobody may ever read what the disk held before.
         dataDisk.fill(0xEE)
         try ThinMetadata.format(
@@ -298,7 +299,7 @@ public final class World {
             }
         case .write, .trim, .writeZeroes:
             sent.model.acknowledge(
-                sent.changed, value: sent.value, at: time, durable: sent.fua)
+                sent.changed, value: sent.value, at: time, isDurable: sent.fua)
         case .flush:
             sent.model.flushed(sentAt: sent.sentAt)
         case .cache:

@@ -4,7 +4,7 @@ import BlockIO
 import Foundation
 import Testing
 
-@testable import ThinMetadata
+import ThinMetadata
 
 @Suite struct FormatTests {
     @Test func newPoolIsEmptyAndOpens() throws {
