@@ -6,7 +6,7 @@
 // 3. A socket left over is removed only after a connection to it was refused; at the end only if it
 //    is still this server's.
 
-import FoundationEssentials
+import Dispatch
 import Glibc
 import Logging
 import Synchronization
@@ -26,7 +26,8 @@ public final class ControlServer: @unchecked Sendable {
     private let listener: Int32
     /// What was bound, so that nobody else's socket is removed at the end.
     private let identity: ino_t
-    private let stopEvent: Int32
+    /// A byte in this pipe ends the acceptor.
+    private let stopPipe: (read: Int32, write: Int32)
     private var acceptor: pthread_t?
 
     private struct Connections {
@@ -35,7 +36,7 @@ public final class ControlServer: @unchecked Sendable {
     }
     private let connections = Mutex(Connections())
     /// Verbs that were begun; the pool must stay until they are answered.
-    private let idle = PendingWork()
+    private let idle = DispatchGroup()
 
     /// Listens, and answers from `start` on.
     public init(_ pool: LocalPool, logger: Logger) throws(ControlError) {
@@ -59,8 +60,9 @@ public final class ControlServer: @unchecked Sendable {
                 throw ControlError(cannot: "listen on", place.path, errno)
             }
             identity = status.st_ino
-            stopEvent = eventfd(0, Int32(EFD_CLOEXEC.rawValue))
-            guard stopEvent >= 0 else { throw ControlError(cannot: "make", "an event", errno) }
+            var pipe: [Int32] = [-1, -1]
+            guard Glibc.pipe(&pipe) == 0 else { throw ControlError(cannot: "make", "a pipe", errno) }
+            stopPipe = (pipe[0], pipe[1])
         } catch {
             close(listener)
             throw error
@@ -70,7 +72,8 @@ public final class ControlServer: @unchecked Sendable {
 
     deinit {
         close(listener)
-        close(stopEvent)
+        close(stopPipe.read)
+        close(stopPipe.write)
     }
 
     private static func removeStale(_ place: SocketPlace) throws(ControlError) {
@@ -78,15 +81,11 @@ public final class ControlServer: @unchecked Sendable {
             throw ControlError(
                 .device, "\(place.path) is in the way and is no socket: move it elsewhere")
         }
-        let probe = ControlSocket(descriptor: try newSocketProbe())
+        let probe = ControlSocket(descriptor: try SocketPlace.newSocket())
         guard place.connect(probe.descriptor) == ECONNREFUSED else {
             throw ControlError(.busy, "another server listens on \(place.path): stop it first")
         }
         place.remove()
-    }
-
-    private static func newSocketProbe() throws(ControlError) -> Int32 {
-        try SocketPlace.newSocket()
     }
 
     public func start() {
@@ -98,7 +97,8 @@ public final class ControlServer: @unchecked Sendable {
     public func stop() {
         guard let acceptor else { return }
         self.acceptor = nil
-        eventfd_write(stopEvent, 1)
+        var signal: UInt8 = 1
+        write(stopPipe.write, &signal, 1)
         pthread_join(acceptor, nil)
         if place.status()?.st_ino == identity { place.remove() }
         connections.withLock { connections in
@@ -114,18 +114,19 @@ public final class ControlServer: @unchecked Sendable {
     private func acceptConnections() {
         var states = [
             pollfd(fd: listener, events: Int16(POLLIN), revents: 0),
-            pollfd(fd: stopEvent, events: Int16(POLLIN), revents: 0),
+            pollfd(fd: stopPipe.read, events: Int16(POLLIN), revents: 0),
         ]
         while true {
             guard poll(&states, 2, -1) >= 0 || errno == EINTR else { return }
             if states[1].revents != 0 { return }
             guard states[0].revents != 0 else { continue }
-            let descriptor = accept4(listener, nil, nil, Int32(SOCK_CLOEXEC.rawValue))
+            let descriptor = accept(listener, nil, nil)
             guard descriptor >= 0 else {
                 // Out of descriptors: it will pass, and must not be waited for busily.
                 if errno == EMFILE || errno == ENFILE || errno == ENOMEM { sleepMilliseconds(100) }
                 continue
             }
+            _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
             begin(ControlSocket(descriptor: descriptor))
         }
     }

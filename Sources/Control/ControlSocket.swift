@@ -40,7 +40,7 @@ final class ControlSocket: @unchecked Sendable {
             let count = bytes.withUnsafeBytes {
                 send(
                     descriptor, $0.baseAddress! + sent, $0.count - sent,
-                    Int32(MSG_NOSIGNAL.rawValue) | Int32(MSG_DONTWAIT.rawValue))
+                    Int32(MSG_NOSIGNAL) | Int32(MSG_DONTWAIT))
             }
             if count > 0 {
                 sent += count
@@ -56,7 +56,7 @@ final class ControlSocket: @unchecked Sendable {
     private func receive() -> Bool {
         withUnsafeTemporaryAllocation(byteCount: 16 << 10, alignment: 1) { buffer in
             let count = recv(
-                descriptor, buffer.baseAddress, buffer.count, Int32(MSG_DONTWAIT.rawValue))
+                descriptor, buffer.baseAddress, buffer.count, Int32(MSG_DONTWAIT))
             if count < 0 { return errno == EAGAIN || errno == EINTR }
             received.append(contentsOf: buffer[..<count])
             return count > 0
@@ -84,7 +84,7 @@ final class SocketPlace {
     private let name: String
 
     init(_ pool: PoolDirectory, _ name: String) throws(ControlError) {
-        directory = open(pool.path, O_PATH | O_DIRECTORY | O_CLOEXEC)
+        directory = open(pool.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         guard directory >= 0 else { throw ControlError(cannot: "open", pool.path, errno) }
         path = pool.inside(name)
         self.name = name

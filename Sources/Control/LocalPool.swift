@@ -21,7 +21,7 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
     private let thread: PoolThread?
     private let purpose: Purpose
 
-    /// Seconds' worth of milliseconds between two signs of life while a change takes its time.
+    /// Milliseconds between two signs of life while a change takes its time.
     private static let pulse = 1000
 
     public init(
@@ -78,7 +78,7 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
     }
 
     /// - Parameter pulse: called about once a second while it takes that long.
-    func change(_ change: PoolChange, pulse: () throws(ControlError) -> Void) throws(ControlError) {
+    func change(_ change: PoolChange, pulse: () -> Void) throws(ControlError) {
         guard purpose == .change else {
             throw ControlError(.refused, "the pool is open for inspection only")
         }
@@ -89,11 +89,33 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
                 if let error { throw ControlError(error) }
                 return
             }
-            try pulse()
+            pulse()
         }
     }
+
+    /// Returns when deleted volumes have given back their blocks; `progress` gets bytes, done and
+    /// in all.
+    public func finishDeletions(progress: (UInt64, UInt64) -> Void) throws(ControlError) {
+        var total: UInt64 = 0
+        while pool.status().deleting > 0 {
+            if let failure = pool.status().failure {
+                throw ControlError(.refused, "the pool \(directory.path) has failed: \(failure)")
+            }
+            let left = try volumes().filter { $0.state == .deleting }
+                .reduce(0) { $0 + $1.mappedBytes }
+            total = max(total, left)
+            progress(total - left, total)
+            sleepMilliseconds(Self.deletionPause)
+        }
+    }
+    private static let deletionPause: UInt32 = 20
 
     public func check(progress: (CheckAdvance) -> Void) throws(ControlError) -> CheckResult {
         try PoolCheck.checkOpenPool(self, progress: progress)
     }
+}
+
+extension PoolStatus {
+    /// Why the pool failed, if it did.
+    fileprivate var failure: String? { mode == .failed ? reason ?? "unknown" : nil }
 }

@@ -81,6 +81,33 @@ public enum PoolAccess {
         }
     }
 
+    /// Checks a pool, which need not be fit to be opened.
+    public static func check(
+        _ path: String, clearNeedsCheck: Bool, progress: (CheckAdvance) -> Void
+    ) throws(ControlError) -> CheckResult {
+        let directory = try PoolDirectory.locate(path)
+        var waited = 0
+        while true {
+            if let remote = try RemotePool.connect(directory) {
+                if clearNeedsCheck {
+                    throw ControlError(
+                        .busy,
+                        "\(path) is being served: stop its server before needs_check is taken back")
+                }
+                return try remote.check(progress: progress)
+            }
+            do throws(ControlError) {
+                return try PoolCheck.checkOffline(
+                    directory, clearNeedsCheck: clearNeedsCheck, progress: progress)
+            } catch {
+                guard error.kind == .busy else { throw error }
+                guard waited < patience else { throw busy(directory, error) }
+            }
+            sleepMilliseconds(pause)
+            waited += Int(pause)
+        }
+    }
+
     /// Says who has the devices, and what to do.
     static func busy(_ directory: PoolDirectory, _ error: ControlError) -> ControlError {
         let holder =

@@ -1,38 +1,24 @@
 // Waiting, for the threads that may: management verbs are asked for on one thread and answered on
 // another.
 
+import Dispatch
 import Glibc
 import Synchronization
 
 /// A value that one thread sets, once, and another waits for.
-final class Latch<Value: Sendable>: @unchecked Sendable {
+final class Latch<Value: Sendable>: Sendable {
     private let value = Mutex<Value?>(nil)
-    private let semaphore: UnsafeMutablePointer<sem_t>
-
-    init() {
-        semaphore = .allocate(capacity: 1)
-        precondition(sem_init(semaphore, 0, 0) == 0)
-    }
-
-    deinit {
-        sem_destroy(semaphore)
-        semaphore.deallocate()
-    }
+    private let semaphore = DispatchSemaphore(value: 0)
 
     func set(_ new: Value) {
         value.withLock { $0 = new }
-        sem_post(semaphore)
+        semaphore.signal()
     }
 
     /// Nil if nobody has set it after so many milliseconds.
     func wait(milliseconds: Int) -> Value? {
-        var deadline = timespec()
-        clock_gettime(CLOCK_MONOTONIC, &deadline)
-        let nanoseconds = deadline.tv_nsec + (milliseconds % 1000) * 1_000_000
-        deadline.tv_sec += milliseconds / 1000 + nanoseconds / 1_000_000_000
-        deadline.tv_nsec = nanoseconds % 1_000_000_000
-        while sem_clockwait(semaphore, CLOCK_MONOTONIC, &deadline) != 0 {
-            if errno != EINTR { return nil }
+        guard semaphore.wait(timeout: .now() + .milliseconds(milliseconds)) == .success else {
+            return nil
         }
         return value.withLock { $0 }
     }
@@ -44,46 +30,6 @@ func monotonicMilliseconds() -> Int {
     var time = timespec()
     clock_gettime(CLOCK_MONOTONIC, &time)
     return time.tv_sec * 1000 + time.tv_nsec / 1_000_000
-}
-
-/// Counts what is under way, and waits until nothing is.
-final class PendingWork: @unchecked Sendable {
-    private let mutex: UnsafeMutablePointer<pthread_mutex_t>
-    private let condition: UnsafeMutablePointer<pthread_cond_t>
-    private var count = 0
-
-    init() {
-        mutex = .allocate(capacity: 1)
-        condition = .allocate(capacity: 1)
-        precondition(pthread_mutex_init(mutex, nil) == 0)
-        precondition(pthread_cond_init(condition, nil) == 0)
-    }
-
-    deinit {
-        pthread_cond_destroy(condition)
-        pthread_mutex_destroy(mutex)
-        condition.deallocate()
-        mutex.deallocate()
-    }
-
-    func enter() {
-        pthread_mutex_lock(mutex)
-        count += 1
-        pthread_mutex_unlock(mutex)
-    }
-
-    func leave() {
-        pthread_mutex_lock(mutex)
-        count -= 1
-        pthread_cond_broadcast(condition)
-        pthread_mutex_unlock(mutex)
-    }
-
-    func wait() {
-        pthread_mutex_lock(mutex)
-        while count > 0 { pthread_cond_wait(condition, mutex) }
-        pthread_mutex_unlock(mutex)
-    }
 }
 
 private final class ThreadBody: Sendable {
@@ -102,6 +48,5 @@ func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) -> pthr
             return nil
         }, argument.toOpaque())
     precondition(code == 0, "no thread for \(name): \(String(cString: strerror(code)))")
-    pthread_setname_np(thread, name)
     return thread
 }
