@@ -40,6 +40,8 @@ let package = Package(
             ],
             swiftSettings: swiftSettings),
         .target(name: "NBDProtocol", swiftSettings: swiftSettings),
+        .testTarget(
+            name: "NBDProtocolTests", dependencies: ["NBDProtocol"], swiftSettings: swiftSettings),
         .target(
             name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),

@@ -38,16 +38,17 @@ extension ThinMetadata {
 
     /// Maps the virtual block to a reserved data block, stamped with the pool's time. The
     /// reservation becomes a reference; the block that was mapped before loses one.
+    /// - Parameter usingReserve: for what a full pool needs in order to give space back.
     /// - Returns: the replaced mapping.
     public func insert(
-        _ id: ThinDeviceID, _ virtual: VirtualBlock, _ block: DataBlock
+        _ id: ThinDeviceID, _ virtual: VirtualBlock, _ block: DataBlock, usingReserve: Bool = false
     ) throws(MetadataError) -> Mapping? {
         let record = try existing(id)
         try requireWritable()
         precondition(
             block.rawValue < store.data.blockCount && store.data.isBusy(block.rawValue),
             "data block \(block.rawValue) was not reserved")
-        try requireInsertSpace(record, virtual.rawValue)
+        try requireInsertSpace(record, virtual.rawValue, keepingReserve: !usingReserve)
         try touch(record)
         markDirty(record)
         var root = record.root

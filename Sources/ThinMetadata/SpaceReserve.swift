@@ -100,10 +100,11 @@ extension ThinMetadata {
     }
 
     @inline(__always) func requireInsertSpace(
-        _ record: DeviceRecord, _ key: UInt64
+        _ record: DeviceRecord, _ key: UInt64, keepingReserve: Bool
     ) throws(MetadataError) {
         if hasSpace(Self.plenty, keepingReserve: true) { return }
-        try requireSpace(try changeCost(record, key, entries: 1), keepingReserve: true)
+        try requireSpace(
+            try changeCost(record, key, entries: 1), keepingReserve: keepingReserve)
     }
 
     /// Changing mappings at `key`: both trees' paths, counts of the blocks that come and go.

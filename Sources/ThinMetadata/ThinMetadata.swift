@@ -50,6 +50,9 @@ public final class ThinMetadata {
     /// A count was lowered from more than 1 in the transaction being committed.
     var hasUnsharedInFrozen = false
     var isChanged = false
+    /// Readers of a committed state, and the metadata blocks that wait for them to end.
+    var pins = 0
+    var pinnedQuarantine: [UInt64] = []
 
     /// Opens the pool's last committed state.
     public init(_ device: any BlockDevice, cacheBlocks: Int) throws(MetadataError) {

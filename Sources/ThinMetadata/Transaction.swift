@@ -55,7 +55,28 @@ extension ThinMetadata {
         store.cache.committed()
         for index in transaction.dataPages { store.data.unfreeze(index) }
         for index in transaction.metadataPages { store.metadata.unfreeze(index) }
-        for block in transaction.quarantine {
+        if pins > 0 {
+            pinnedQuarantine += transaction.quarantine
+        } else {
+            makeAvailable(metadata: transaction.quarantine)
+        }
+        return transaction.freed
+    }
+
+    /// Keeps every block of the present committed state from being reused, so that it can be read
+    /// while later transactions are committed. Pins nest.
+    public func pinCommitted() { pins += 1 }
+
+    public func unpinCommitted() {
+        precondition(pins > 0, "unpinned more often than pinned")
+        pins -= 1
+        guard pins == 0 else { return }
+        makeAvailable(metadata: pinnedQuarantine)
+        pinnedQuarantine = []
+    }
+
+    private func makeAvailable(metadata blocks: [UInt64]) {
+        for block in blocks {
             do {
                 // Its bitmap is in memory: busy blocks hold it.
                 try store.metadata.setBusy(block, false)
@@ -63,7 +84,6 @@ extension ThinMetadata {
                 preconditionFailure("metadata block \(block) was not busy")
             }
         }
-        return transaction.freed
     }
 
     private func writeDirtyDetails() throws(MetadataError) {

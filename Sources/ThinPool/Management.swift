@@ -231,7 +231,7 @@ extension Pool {
         }
         for (index, block) in prepared.blocks.enumerated() {
             _ = try metadata.insert(
-                CatalogueLayout.device, VirtualBlock(UInt64(index)), block)
+                CatalogueLayout.device, VirtualBlock(UInt64(index)), block, usingReserve: true)
             reservations -= 1
         }
         let count = UInt64(prepared.blocks.count)

@@ -87,6 +87,8 @@ public final class Pool: @unchecked Sendable {
     var discards: [DataBlock] = []
 
     let worker = WorkerState()
+    /// Block 0 as the last commit wrote it.
+    var committedSuperblock: [UInt8]
     /// Deletions that have ended and whose catalogue entry is about to go.
     var forgotten = Set<UInt32>()
     /// The pool is closing: deletions go on when it is next opened.
@@ -105,6 +107,9 @@ public final class Pool: @unchecked Sendable {
         self.dataDevice = dataDevice
         self.options = options
         do { metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks) } catch {
+            throw PoolError(error)
+        }
+        do { committedSuperblock = try Self.readSuperblock(metadataDevice) } catch {
             throw PoolError(error)
         }
         blockSize = UInt64(metadata.dataBlockSectors) * Layout.sectorSize
@@ -136,6 +141,14 @@ public final class Pool: @unchecked Sendable {
         for case (_, .page(let address)) in drains {
             free(UnsafeMutableRawPointer(bitPattern: address))
         }
+    }
+
+    private static func readSuperblock(_ device: any BlockDevice) throws(DeviceError) -> [UInt8] {
+        let block = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: Layout.blockSize, alignment: Layout.blockSize)
+        defer { block.deallocate() }
+        try device.read(at: 0, into: block)
+        return [UInt8](block)
     }
 
     /// The devices may have grown since the pool was last open: use what they have.

@@ -218,6 +218,9 @@ extension Pool {
 
     private func committed(_ transaction: FrozenTransaction) {
         let freed = metadata.committed(transaction)
+        committedSuperblock.withUnsafeMutableBytes {
+            transaction.copySuperblock(to: $0.baseAddress!)
+        }
         durableSequence.store(worker.committing, ordering: .releasing)
         if !freed.discarded.isEmpty || !freed.replaced.isEmpty {
             let stamp = epochs.retire()

@@ -1,0 +1,268 @@
+// The fixed newstyle handshake, without I/O: bytes in, bytes out, next state.
+//
+// 1. One option at a time: after output the caller sends all of it before it calls again.
+// 2. Memory follows what has arrived, never what a length field announces.
+// 3. An option that is not understood, or too long, is read to its end and answered: the session
+//    stays in step. Only what cannot be answered ends the session.
+//
+//   greeting ──▶ client flags ──▶ option header ──▶ option data ──▶ (answer) ──▶ option header
+//                                     │  ▲             │    └─▶ listing ─┘  (LIST, in pieces)
+//                                     ▼  │             ▼
+//                                  draining        finished (GO, EXPORT_NAME, ABORT)
+
+/// One client's handshake.
+public struct Handshake: Sendable {
+    /// What the caller does next, after it has sent the output.
+    public enum Outcome: Equatable, Sendable {
+        /// All input was consumed; call again with more.
+        case receive
+        /// Output was appended. Call again once it is sent, with what is left of the input.
+        case send
+        /// Requests for this export follow; `ExportDirectory.open` has opened it.
+        case transmit(Export)
+        case close(Ending)
+    }
+
+    /// How a handshake ends that leads nowhere.
+    public enum Ending: Equatable, Sendable {
+        /// The client said that it leaves.
+        case aborted
+        /// The client broke the protocol, or asked for what cannot be refused otherwise.
+        case violation(String)
+    }
+
+    private enum State {
+        case greeting
+        case clientFlags
+        case optionHeader
+        case optionData(OptionCode, length: Int)
+        case draining(OptionCode, remaining: Int)
+        case listing(names: [String], next: Int)
+        case finished
+    }
+
+    /// LIST answers go out in pieces of about this size, cut between replies, for clients that
+    /// read without looping.
+    static let listPiece = 8 << 10
+
+    private var state = State.greeting
+    private var isFixedNewstyle = false
+    private var noZeroes = false
+    private var optionCount = 0
+    private var drained = 0
+    /// The part of the present unit (flags, header, data) that has arrived.
+    private var unit: [UInt8] = []
+
+    public init() {}
+
+    /// Whether the session is between two messages, so that a client may leave without a word.
+    public var isAtBoundary: Bool {
+        switch state {
+        case .greeting, .clientFlags, .optionHeader, .listing, .finished: unit.isEmpty
+        case .optionData, .draining: false
+        }
+    }
+
+    /// Takes bytes from `input` and appends what is to be sent to `output`.
+    /// - Returns: how many bytes were taken, and what comes next.
+    public mutating func advance(
+        _ input: UnsafeRawBufferPointer, output: inout [UInt8],
+        exports: inout some ExportDirectory
+    ) -> (consumed: Int, outcome: Outcome) {
+        var consumed = 0
+        while true {
+            let rest = UnsafeRawBufferPointer(rebasing: input[consumed...])
+            if let outcome = step(rest, &consumed, &output, &exports) {
+                switch outcome {
+                case .transmit, .close: state = .finished
+                case .receive, .send: break
+                }
+                return (consumed, outcome)
+            }
+        }
+    }
+
+    /// One step; nil: go on with the next.
+    private mutating func step(
+        _ input: UnsafeRawBufferPointer, _ consumed: inout Int, _ output: inout [UInt8],
+        _ exports: inout some ExportDirectory
+    ) -> Outcome? {
+        switch state {
+        case .greeting:
+            output.appendGreeting()
+            state = .clientFlags
+            return .send
+        case .clientFlags:
+            guard fillUnit(to: 4, from: input, &consumed) else { return .receive }
+            return acceptClientFlags()
+        case .optionHeader:
+            guard fillUnit(to: 16, from: input, &consumed) else { return .receive }
+            return acceptOptionHeader()
+        case .optionData(let option, let length):
+            guard fillUnit(to: length, from: input, &consumed) else { return .receive }
+            state = .optionHeader
+            let data = unit
+            unit = []
+            return answer(option, data, &output, &exports)
+        case .draining(let option, let remaining):
+            let count = min(remaining, input.count)
+            consumed += count
+            state = .draining(option, remaining: remaining - count)
+            guard count == remaining else { return .receive }
+            state = .optionHeader
+            return refuseLong(option, &output)
+        case .listing(let names, let next):
+            list(names, from: next, &output)
+            return .send
+        case .finished:
+            return .close(.violation("the handshake is over"))
+        }
+    }
+
+    /// Collects `length` bytes in `unit`; false while some are missing.
+    private mutating func fillUnit(
+        to length: Int, from input: UnsafeRawBufferPointer, _ consumed: inout Int
+    ) -> Bool {
+        let count = min(length - unit.count, input.count)
+        unit.append(contentsOf: input.prefix(count))
+        consumed += count
+        return unit.count == length
+    }
+
+    private mutating func acceptClientFlags() -> Outcome? {
+        let flags = unit.word(0, as: UInt32.self)
+        guard flags & ~(ClientFlag.fixedNewstyle | ClientFlag.noZeroes) == 0 else {
+            return .close(.violation("unknown client flags 0x\(String(flags, radix: 16))"))
+        }
+        isFixedNewstyle = flags & ClientFlag.fixedNewstyle != 0
+        noZeroes = flags & ClientFlag.noZeroes != 0
+        unit = []
+        state = .optionHeader
+        return nil
+    }
+
+    private mutating func acceptOptionHeader() -> Outcome? {
+        guard unit.word(0, as: UInt64.self) == Magic.option else {
+            return .close(.violation("an option does not begin with its magic number"))
+        }
+        let option = OptionCode(rawValue: unit.word(8, as: UInt32.self))
+        let length = Int(unit.word(12, as: UInt32.self))
+        unit = []
+        optionCount += 1
+        guard optionCount <= Limits.maximumOptions else {
+            return .close(.violation("more than \(Limits.maximumOptions) options"))
+        }
+        if option == .exportName {
+            guard length <= Limits.maximumString else {
+                return .close(.violation("a name longer than \(Limits.maximumString) bytes"))
+            }
+        } else if !isFixedNewstyle {
+            return .close(.violation("option \(option.rawValue) without fixed newstyle"))
+        }
+        if length <= Limits.maximumOption {
+            state = .optionData(option, length: length)
+        } else {
+            drained += length
+            guard drained <= Limits.maximumDrain else {
+                return .close(.violation("option \(option.rawValue) of \(length) bytes"))
+            }
+            state = .draining(option, remaining: length)
+        }
+        return nil
+    }
+
+    private mutating func answer(
+        _ option: OptionCode, _ data: [UInt8], _ output: inout [UInt8],
+        _ exports: inout some ExportDirectory
+    ) -> Outcome? {
+        switch option {
+        case .exportName:
+            return openByName(data, &output, &exports)
+        case .abort:
+            output.appendReply(to: .abort, .ack)
+            return .close(.aborted)
+        case .list:
+            guard data.isEmpty else {
+                output.appendFailure(of: .list, .invalid("LIST has no data"))
+                return .send
+            }
+            state = .listing(names: exports.exportNames(), next: 0)
+            return nil
+        case .info, .go:
+            return answerQuery(option, data, &output, &exports)
+        default:
+            output.appendFailure(of: option, Self.unsupported(option))
+            return .send
+        }
+    }
+
+    /// EXPORT_NAME has no way to refuse but to hang up.
+    private func openByName(
+        _ data: [UInt8], _ output: inout [UInt8], _ exports: inout some ExportDirectory
+    ) -> Outcome {
+        guard let name = exportName(data) else {
+            return .close(.violation("a name that is not UTF-8 without NUL"))
+        }
+        guard let export = exports.open(name) else {
+            return .close(.violation("there is no export of the name asked for"))
+        }
+        output.appendExport(export, noZeroes: noZeroes)
+        return .transmit(export)
+    }
+
+    private func answerQuery(
+        _ option: OptionCode, _ data: [UInt8], _ output: inout [UInt8],
+        _ exports: inout some ExportDirectory
+    ) -> Outcome {
+        do throws(OptionFailure) {
+            let query = try ExportQuery.parse(data)
+            let found = option == .go ? exports.open(query.name) : exports.describe(query.name)
+            guard let export = found else {
+                let text = query.name.isEmpty ? "no default export" : "no such export"
+                throw OptionFailure(type: .unknown, text: text)
+            }
+            output.appendInfo(of: export, to: option, asked: query.infoTypes)
+            output.appendReply(to: option, .ack)
+            return option == .go ? .transmit(export) : .send
+        } catch {
+            output.appendFailure(of: option, error)
+            return .send
+        }
+    }
+
+    /// At least one reply, so that the listing comes to its end.
+    private mutating func list(_ names: [String], from first: Int, _ output: inout [UInt8]) {
+        let start = output.count
+        var next = first
+        while next < names.count && output.count - start < Self.listPiece {
+            output.appendListed(names[next])
+            next += 1
+        }
+        if next < names.count {
+            state = .listing(names: names, next: next)
+        } else {
+            output.appendReply(to: .list, .ack)
+            state = .optionHeader
+        }
+    }
+
+    private func refuseLong(_ option: OptionCode, _ output: inout [UInt8]) -> Outcome {
+        switch option {
+        case .abort:
+            output.appendReply(to: .abort, .ack)
+            return .close(.aborted)
+        case .list:
+            output.appendFailure(of: .list, .invalid("LIST has no data"))
+        case .info, .go:
+            output.appendFailure(
+                of: option, OptionFailure(type: .tooBig, text: "the option is too long"))
+        default:
+            output.appendFailure(of: option, Self.unsupported(option))
+        }
+        return .send
+    }
+
+    private static func unsupported(_ option: OptionCode) -> OptionFailure {
+        OptionFailure(type: .unsupported, text: "option \(option.rawValue) is not supported")
+    }
+}

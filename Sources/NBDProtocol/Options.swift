@@ -1,0 +1,116 @@
+// The data of the options that carry any. Lengths inside an option are the peer's: each is compared
+// with what is there before it is used, in `Int`, so that none can wrap.
+
+/// The data of INFO and GO:
+///
+///   0 name length u32 | 4 name | count u16 | count x info type u16
+///
+/// and not one byte more.
+struct ExportQuery: Equatable {
+    var name: String
+    var infoTypes: [UInt16]
+
+    static func parse(_ data: [UInt8]) throws(OptionFailure) -> ExportQuery {
+        guard data.count >= 6 else {
+            throw .invalid("the option is shorter than its fields")
+        }
+        let nameLength = Int(data.word(0, as: UInt32.self))
+        guard nameLength <= data.count - 6 else {
+            throw .invalid("the name is longer than the option")
+        }
+        guard nameLength <= Limits.maximumString else {
+            throw .invalid("the name is longer than \(Limits.maximumString) bytes")
+        }
+        let count = Int(data.word(4 + nameLength, as: UInt16.self))
+        let types = 6 + nameLength
+        guard data.count == types + 2 * count else {
+            throw .invalid("the option's length does not fit its fields")
+        }
+        guard let name = exportName(data[4..<4 + nameLength]) else {
+            throw .invalid("the name is not UTF-8 without NUL")
+        }
+        let infoTypes = (0..<count).map { data.word(types + 2 * $0, as: UInt16.self) }
+        return ExportQuery(name: name, infoTypes: infoTypes)
+    }
+}
+
+/// An error reply to an option.
+struct OptionFailure: Error, Equatable {
+    var type: OptionReplyType
+    var text: String
+
+    static func invalid(_ text: String) -> OptionFailure {
+        OptionFailure(type: .invalid, text: text)
+    }
+}
+
+/// A name as the protocol wants names, or nil.
+func exportName(_ bytes: some Collection<UInt8>) -> String? {
+    guard bytes.count <= Limits.maximumString, !bytes.contains(0) else { return nil }
+    return String(validating: bytes, as: UTF8.self)
+}
+
+extension [UInt8] {
+    /// The big-endian word at `offset`, which the caller has compared with the count.
+    func word<Word: FixedWidthInteger>(_ offset: Int, as: Word.Type) -> Word {
+        precondition(offset >= 0 && offset + MemoryLayout<Word>.size <= count)
+        return withUnsafeBytes { $0.baseAddress!.bigEndian(offset, as: Word.self) }
+    }
+}
+
+/// The server's side of the haggling, appended to what goes out.
+extension [UInt8] {
+    mutating func appendGreeting() {
+        appendBigEndian(Magic.greeting)
+        appendBigEndian(Magic.option)
+        appendBigEndian(HandshakeFlag.fixedNewstyle | HandshakeFlag.noZeroes)
+    }
+
+    /// The header of a reply whose `length` bytes of data the caller appends.
+    mutating func appendReply(to option: OptionCode, _ type: OptionReplyType, length: Int = 0) {
+        appendBigEndian(Magic.optionReply)
+        appendBigEndian(option.rawValue)
+        appendBigEndian(type.rawValue)
+        appendBigEndian(UInt32(length))
+    }
+
+    mutating func appendFailure(of option: OptionCode, _ failure: OptionFailure) {
+        appendReply(to: option, failure.type, length: failure.text.utf8.count)
+        append(contentsOf: failure.text.utf8)
+    }
+
+    mutating func appendListed(_ name: String) {
+        let name = name.utf8
+        appendReply(to: .list, .server, length: 4 + name.count)
+        appendBigEndian(UInt32(name.count))
+        append(contentsOf: name)
+    }
+
+    /// What INFO and GO tell: the size and flags, the block sizes (this server insists on them, so
+    /// it says them unasked), and the texts that were asked for.
+    mutating func appendInfo(of export: Export, to option: OptionCode, asked: [UInt16]) {
+        appendReply(to: option, .info, length: 12)
+        appendBigEndian(InfoType.export)
+        appendBigEndian(export.size)
+        appendBigEndian(export.transmissionFlags.rawValue)
+        appendReply(to: option, .info, length: 14)
+        appendBigEndian(InfoType.blockSize)
+        appendBigEndian(Limits.minimumBlock)
+        appendBigEndian(Limits.preferredBlock)
+        appendBigEndian(Limits.maximumPayload)
+        for (type, text) in [
+            (InfoType.name, export.name), (InfoType.description, export.description),
+        ] where asked.contains(type) {
+            appendReply(to: option, .info, length: 2 + text.utf8.count)
+            appendBigEndian(type)
+            append(contentsOf: text.utf8)
+        }
+    }
+
+    /// The answer to EXPORT_NAME, which has no reply header.
+    mutating func appendExport(_ export: Export, noZeroes: Bool) {
+        appendBigEndian(export.size)
+        appendBigEndian(export.transmissionFlags.rawValue)
+        if !noZeroes { append(contentsOf: repeatElement(0, count: 124)) }
+    }
+}
