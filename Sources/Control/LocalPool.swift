@@ -111,7 +111,9 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
     private static let deletionPause: UInt32 = 20
 
     public func check(progress: (CheckAdvance) -> Void) throws(ControlError) -> CheckResult {
-        try PoolCheck.checkOpenPool(self, progress: progress)
+        do throws(PoolError) {
+            return PoolCheck.result(try pool.check { progress(CheckAdvance($0)) })
+        } catch { throw ControlError(error) }
     }
 }
 

@@ -5,26 +5,40 @@ import ThinMetadata
 import ThinPool
 
 public enum PoolCheck {
-    /// What a report says in full; the rest is counted.
+    /// What a result says in full; the rest is counted.
     private static let shownFindings = 100
 
-    /// Checks a pool that nobody has open, writing nothing.
+    /// Checks a pool that nobody has open. It need not be fit to be opened: then everything that
+    /// the superblock reaches is checked all the same.
     ///
-    /// - Parameter clearNeedsCheck: take back the metadata's needs_check flag if nothing is found.
+    /// - Parameter clearNeedsCheck: take back the metadata's needs_check flag if nothing is found;
+    ///   nothing else is ever written.
     public static func checkOffline(
         _ directory: PoolDirectory, clearNeedsCheck: Bool = false,
         progress: (CheckAdvance) -> Void
     ) throws(ControlError) -> CheckResult {
-        let access: FileDevice.Access = clearNeedsCheck ? .readWrite : .readOnly
         let metadata: FileDevice
         let data: FileDevice
         do throws(DeviceError) {
-            metadata = try FileDevice(path: directory.metadataPath, access: access)
+            metadata = try FileDevice(
+                path: directory.metadataPath, access: clearNeedsCheck ? .readWrite : .readOnly)
             data = try FileDevice(path: directory.dataPath, access: .readOnly)
         } catch { throw ControlError(error) }
-        var result = try run(metadata, data, progress: progress)
-        // A damaged superblock or tree is told above: here only what the catalogue adds.
-        if result.isClean { add(try catalogueProblems(metadata, data), to: &result) }
+
+        var result: CheckResult
+        do throws(PoolError) {
+            var options = PoolOptions()
+            options.readOnly = true
+            let pool = try Pool(metadata: metadata, data: data, options: options)
+            result = Self.result(try pool.check { progress(CheckAdvance($0)) })
+        } catch {
+            result = try checkMetadataAlone(metadata, data, progress: progress)
+            if result.isClean {
+                // The metadata is sound: what failed is the catalogue, or a device.
+                guard error.kind == .metadata else { throw ControlError(error) }
+                result.add(catalogue: [error.message])
+            }
+        }
         if clearNeedsCheck && result.needsCheck && result.isClean {
             do throws(MetadataError) {
                 try ThinMetadata.setNeedsCheck(metadata, false)
@@ -34,67 +48,55 @@ public enum PoolCheck {
         return result
     }
 
-    /// Checks the last committed state of a pool that is in use.
-    static func checkOpenPool(_ pool: LocalPool, progress: (CheckAdvance) -> Void)
-        throws(ControlError) -> CheckResult
-    {
-        throw ControlError(
-            .busy,
-            "\(pool.directory.path) is being served, and only a pool at rest can be checked: stop "
-                + "its server first")
-    }
-
-    private static func run(
+    private static func checkMetadataAlone(
         _ metadata: FileDevice, _ data: FileDevice, progress: (CheckAdvance) -> Void
     ) throws(ControlError) -> CheckResult {
         let blockSize = try FirstBlock(metadata).dataBlockSize
         var check = MetadataCheck(
             device: metadata, dataDeviceBlocks: blockSize.map { data.size / $0 })
-        let report = check.run { advance in
-            progress(
-                CheckAdvance(
-                    phase: words(advance.phase), blocksRead: advance.blocksRead,
-                    blocksExpected: advance.blocksExpected))
-        }
-        let worstFirst = report.findings.enumerated().sorted {
+        return result(metadata: check.run { progress(CheckAdvance($0)) }, catalogue: [])
+    }
+
+    static func result(_ report: PoolCheckReport) -> CheckResult {
+        result(metadata: report.metadata, catalogue: report.catalogue)
+    }
+
+    private static func result(metadata: CheckReport, catalogue: [String]) -> CheckResult {
+        let worstFirst = metadata.findings.enumerated().sorted {
             ($1.element.severity, $0.offset) < ($0.element.severity, $1.offset)
         }
-        return CheckResult(
+        var result = CheckResult(
             findings: worstFirst.prefix(shownFindings).map { "\($0.element)" },
-            findingCount: report.findingCount, worst: report.worst?.rawValue,
-            devices: report.devices, mappings: report.mappings,
-            metadataBlocksUsed: report.metadataBlocksUsed, dataBlocksUsed: report.dataBlocksUsed,
-            needsCheck: report.needsCheck)
+            findingCount: metadata.findingCount, worst: metadata.worst?.rawValue,
+            devices: metadata.devices, mappings: metadata.mappings,
+            metadataBlocksUsed: metadata.metadataBlocksUsed,
+            dataBlocksUsed: metadata.dataBlocksUsed, needsCheck: metadata.needsCheck)
+        result.add(catalogue: catalogue)
+        return result
     }
+}
 
-    private static func catalogueProblems(_ metadata: FileDevice, _ data: FileDevice)
-        throws(ControlError) -> [String]
-    {
-        var options = PoolOptions()
-        options.readOnly = true
-        do throws(PoolError) {
-            return try Pool(metadata: metadata, data: data, options: options).status().problems
-        } catch {
-            guard error.kind == .metadata else { throw ControlError(error) }
-            return [error.message]
-        }
-    }
-
-    private static func add(_ problems: [String], to result: inout CheckResult) {
+extension CheckResult {
+    fileprivate mutating func add(catalogue problems: [String]) {
         guard !problems.isEmpty else { return }
-        result.findings += problems.map { "damage: \($0)" }
-        result.findingCount += problems.count
-        result.worst = CheckFinding.Severity.damage.rawValue
+        findings.insert(contentsOf: problems.map { "damage: \($0)" }, at: 0)
+        findingCount += problems.count
+        worst = CheckFinding.Severity.damage.rawValue
     }
+}
 
-    private static func words(_ phase: CheckProgress.Phase) -> String {
-        switch phase {
-        case .superblock: "superblock"
-        case .spaceMaps: "space maps"
-        case .devices: "devices"
-        case .mappings: "mappings"
-        case .dataCounts: "data block counts"
-        case .metadataCounts: "metadata block counts"
-        }
+extension CheckAdvance {
+    init(_ progress: CheckProgress) {
+        let phase =
+            switch progress.phase {
+            case .superblock: "superblock"
+            case .spaceMaps: "space maps"
+            case .devices: "devices"
+            case .mappings: "mappings"
+            case .dataCounts: "data block counts"
+            case .metadataCounts: "metadata block counts"
+            }
+        self.init(
+            phase: phase, blocksRead: progress.blocksRead, blocksExpected: progress.blocksExpected)
     }
 }
