@@ -35,7 +35,7 @@ let package = Package(
         .target(
             name: "NBDServer",
             dependencies: [
-                "NBDProtocol", "ThinPool", "BlockIO",
+                "NBDProtocol", "ThinPool", "BlockIO", "CLinux",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: swiftSettings),

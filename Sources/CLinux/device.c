@@ -90,3 +90,7 @@ void *clinux_remap(void *memory, size_t old_length, size_t new_length) {
     void *moved = mremap(memory, old_length, new_length, MREMAP_MAYMOVE);
     return moved == MAP_FAILED ? NULL : moved;
 }
+
+void clinux_name_thread(const char *name) {
+    prctl(PR_SET_NAME, name, 0, 0, 0);
+}

@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <poll.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -64,6 +65,8 @@ int clinux_accept(int fd);
 int clinux_set_io_flusher(void);
 /// mlockall of what is mapped and will be mapped, page by page as each is first touched.
 int clinux_lock_memory(void);
+/// Names the calling thread, for tools that list threads; at most 15 bytes count.
+void clinux_name_thread(const char *name);
 /// mremap, moving where it must: the new place, or NULL with errno.
 void *clinux_remap(void *memory, size_t old_length, size_t new_length);
 

@@ -1,0 +1,296 @@
+// One client: handshake, transmission, the way out. No system calls: the reactor asks where bytes
+// are to go and what is to be sent, and says what became of it.
+//
+//   handshake ──GO──▶ transmission ──DISC, end of stream, stop──▶ draining ──▶ closed
+//       └────────────────────┴── error, violation, deadline ─────────────────────▲
+//
+// draining: no more requests; those in flight are finished and their replies sent.
+// closed: the socket is shut down; what the kernel and the engine still hold is waited for.
+
+import Glibc
+import NBDProtocol
+import ThinPool
+
+final class Connection {
+    enum Phase { case handshake, transmission, draining, closed }
+
+    let socket: Int32
+    let index: Int
+    let generation: UInt32
+    /// Who it is, for the log.
+    let peer: String
+
+    private(set) var phase = Phase.handshake
+    private let buffers: BufferPool
+
+    // The reactor's bookkeeping.
+    var isReceiving = false
+    var isSending = false
+    /// In the reactor's list of connections to look after at the end of the turn.
+    var isMarked = false
+    var isShutDown = false
+    var isAnnounced = false
+    var hasWarned = false
+    /// Bytes received and sent, and how many there were when the reactor last began to watch.
+    private(set) var moved: UInt64 = 0
+    var watchedMoved: UInt64 = 0
+    var watchedSince: UInt64
+    /// The reactor's tick by which the handshake has to end.
+    let handshakeDeadline: UInt64
+
+    // Handshake
+    private var exports: PoolExports
+    private var handshake = Handshake()
+    /// What has been received and not yet taken by the handshake.
+    private var greetingInput: UnsafeMutableRawBufferPointer
+    private var greetingStart = 0
+    private var greetingEnd = 0
+    /// What the handshake says; in place while a message is under way.
+    private var greetingOutput: UnsafeMutableRawBufferPointer?
+    private let greetingMessage: UnsafeMutablePointer<msghdr>
+    private let greetingVector: UnsafeMutablePointer<iovec>
+
+    private(set) var transmission: Transmission?
+    /// The export's name, once there is one.
+    private(set) var exportName: String?
+    /// What went wrong, in words, if anything did.
+    private(set) var problem: String?
+
+    /// Enough for any option that a client sends; longer ones arrive in pieces.
+    private static let greetingCapacity = 4096
+
+    init(
+        socket: Int32, index: Int, generation: UInt32, peer: String, exports: PoolExports,
+        buffers: BufferPool, tick: UInt64, handshakeDeadline: UInt64
+    ) {
+        self.socket = socket
+        self.index = index
+        self.generation = generation
+        self.peer = peer
+        self.exports = exports
+        self.buffers = buffers
+        watchedSince = tick
+        self.handshakeDeadline = handshakeDeadline
+        greetingInput = .allocate(byteCount: Self.greetingCapacity, alignment: 16)
+        greetingMessage = .allocate(capacity: 1)
+        greetingMessage.initialize(to: msghdr())
+        greetingVector = .allocate(capacity: 1)
+        greetingVector.initialize(to: iovec())
+    }
+
+    deinit {
+        greetingInput.deallocate()
+        greetingOutput?.deallocate()
+        greetingMessage.deallocate()
+        greetingVector.deallocate()
+    }
+
+    /// The volume that the connection holds open; the reactor closes it when the connection goes.
+    var volume: Volume? { exports.opened }
+
+    // MARK: - Events
+
+    /// The socket is there: the server speaks first.
+    func begin(_ sink: some RequestSink) {
+        advanceHandshake(sink)
+    }
+
+    /// `result` bytes were received where `receiveSpace` said; 0: the stream has ended; negative:
+    /// -errno.
+    func received(_ result: Int32, _ sink: some RequestSink) {
+        moved += UInt64(max(result, 0))
+        if phase == .closed || result < 0 {
+            transmission?.received(0, sink)
+            if result < 0 { breakOff("receiving failed: \(ServerError.words(-result))") }
+            return
+        }
+        switch phase {
+        case .handshake:
+            if result == 0 {
+                breakOff(
+                    handshake.isAtBoundary ? nil : "the client left in the middle of a message")
+            } else {
+                greetingEnd += Int(result)
+                if greetingOutput == nil { advanceHandshake(sink) }
+            }
+        case .transmission:
+            if result == 0 {
+                // First, so that the payload's buffer is no longer the kernel's.
+                transmission!.received(0, sink)
+                let isClean = transmission!.endReading()
+                drain(isClean ? nil : "the client left in the middle of a request")
+            } else {
+                transmission!.received(Int(result), sink)
+                lookAtTransmission()
+            }
+        case .draining:
+            transmission?.received(Int(result), sink)
+        case .closed:
+            break
+        }
+    }
+
+    /// `result` bytes of `nextMessage` were sent; negative: -errno.
+    func sent(_ result: Int32, _ sink: some RequestSink) {
+        moved += UInt64(max(result, 0))
+        if phase == .closed || result <= 0 {
+            transmission?.sent(0)
+            // A client may leave without reading what it asked for last.
+            let isFarewell = phase == .draining || phase == .handshake
+            breakOff(isFarewell ? nil : "sending failed: \(ServerError.words(-result))")
+            return
+        }
+        if let output = greetingOutput {
+            greetingSent(Int(result), of: output, sink)
+            return
+        }
+        transmission!.sent(Int(result))
+        if phase == .transmission {
+            transmission!.resume(sink)
+            lookAtTransmission()
+        }
+    }
+
+    /// Memory that the connection waited for may be there.
+    func resume(_ sink: some RequestSink) {
+        guard phase == .transmission else { return }
+        transmission!.resume(sink)
+        lookAtTransmission()
+    }
+
+    func finish(slot: Int, code: Int32) {
+        transmission!.finish(slot, code: code)
+    }
+
+    /// The server stops: requests in flight are still answered.
+    func stop() {
+        switch phase {
+        case .handshake: breakOff(nil)
+        case .transmission:
+            transmission!.endReading()
+            drain(nil)
+        case .draining, .closed: break
+        }
+    }
+
+    /// Ends the connection without regard to what is in flight.
+    func breakOff(_ problem: String?) {
+        if self.problem == nil && phase != .closed { self.problem = problem }
+        phase = .closed
+        transmission?.breakOff(isSending: isSending)
+    }
+
+    // MARK: - What the reactor does next
+
+    /// Where received bytes go; nil: nothing is to be received now.
+    func receiveSpace() -> UnsafeMutableRawBufferPointer? {
+        switch phase {
+        case .handshake:
+            // One option at a time: the next is read when the answer has gone.
+            guard greetingOutput == nil else { return nil }
+            return UnsafeMutableRawBufferPointer(
+                rebasing: greetingInput[greetingEnd...])
+        case .transmission:
+            return transmission!.receiveSpace()
+        case .draining, .closed:
+            return nil
+        }
+    }
+
+    func nextMessage() -> UnsafePointer<msghdr>? {
+        guard phase != .closed else { return nil }
+        if greetingOutput != nil {
+            greetingMessage.pointee.msg_iov = greetingVector
+            greetingMessage.pointee.msg_iovlen = 1
+            return UnsafePointer(greetingMessage)
+        }
+        return transmission?.nextMessage()
+    }
+
+    /// Everything was answered and sent: the socket can be shut down.
+    var isDrained: Bool {
+        guard phase == .draining, greetingOutput == nil else { return false }
+        guard let transmission else { return true }
+        return transmission.inFlight == 0 && !transmission.hasReplies
+    }
+
+    /// Nobody holds anything of this connection any more.
+    var isGone: Bool {
+        phase == .closed && !isReceiving && !isSending && (transmission?.occupied ?? 0) == 0
+    }
+
+    /// Memory is held, and the client alone keeps it from being freed.
+    var isHoardingMemory: Bool {
+        guard let transmission, phase != .closed else { return false }
+        return transmission.holdsPayload && transmission.inFlight == 0
+            && (transmission.isInsideWrite || transmission.hasReplies)
+    }
+
+    // MARK: - Inside
+
+    private func drain(_ problem: String?) {
+        if self.problem == nil { self.problem = problem }
+        phase = .draining
+    }
+
+    private func lookAtTransmission() {
+        let transmission = transmission!
+        guard phase == .transmission, !transmission.isReading else { return }
+        if transmission.didDisconnect {
+            drain(nil)
+        } else {
+            breakOff(transmission.violation)
+        }
+    }
+
+    /// Lets the handshake take what has been received, until it wants more or has to speak.
+    private func advanceHandshake(_ sink: some RequestSink) {
+        var output: [UInt8] = []
+        let input = UnsafeRawBufferPointer(
+            rebasing: greetingInput[greetingStart..<greetingEnd])
+        let (consumed, outcome) = handshake.advance(input, output: &output, exports: &exports)
+        greetingStart += consumed
+        if greetingStart == greetingEnd {
+            greetingStart = 0
+            greetingEnd = 0
+        }
+        if !output.isEmpty { sendGreeting(output) }
+        switch outcome {
+        case .receive, .send: break
+        case .transmit(let export): enterTransmission(export, sink)
+        case .close(.aborted): drain(nil)
+        case .close(.violation(let text)): breakOff(text)
+        }
+    }
+
+    private func sendGreeting(_ output: [UInt8]) {
+        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: output.count, alignment: 16)
+        memory.copyBytes(from: output)
+        greetingOutput = memory
+        greetingVector.pointee = iovec(iov_base: memory.baseAddress, iov_len: memory.count)
+    }
+
+    private func greetingSent(
+        _ count: Int, of output: UnsafeMutableRawBufferPointer, _ sink: some RequestSink
+    ) {
+        greetingVector.pointee.iov_base += count
+        greetingVector.pointee.iov_len -= count
+        guard greetingVector.pointee.iov_len == 0 else { return }
+        output.deallocate()
+        greetingOutput = nil
+        if phase == .handshake { advanceHandshake(sink) }
+    }
+
+    private func enterTransmission(_ export: Export, _ sink: some RequestSink) {
+        exportName = export.name
+        let transmission = Transmission(
+            volume: exports.opened!, isReadOnly: export.isReadOnly, buffers: buffers, owner: index)
+        self.transmission = transmission
+        phase = .transmission
+        let rest = UnsafeRawBufferPointer(rebasing: greetingInput[greetingStart..<greetingEnd])
+        transmission.received(rest, sink)
+        greetingStart = 0
+        greetingEnd = 0
+        lookAtTransmission()
+    }
+}

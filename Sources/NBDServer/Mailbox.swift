@@ -1,0 +1,77 @@
+// What other threads have for a reactor: accepted connections, the wish to stop, a nudge.
+//
+// The eventfd is written once for any number of nudges until the reactor acknowledges; it does so
+// before it looks for what it was nudged about, so that nothing is overlooked.
+
+import CLinux
+import Glibc
+import Synchronization
+
+final class Mailbox: Sendable {
+    private struct Contents {
+        var sockets: [Int32] = []
+        var isClosed = false
+    }
+
+    /// Readable when there is something.
+    let descriptor: Int32
+    private let isNudged = Atomic<Bool>(false)
+    private let stops = Atomic<Bool>(false)
+    private let contents = Mutex(Contents())
+
+    init() throws(ServerError) {
+        descriptor = eventfd(0, Int32(EFD_CLOEXEC))
+        guard descriptor >= 0 else {
+            throw ServerError(operation: "make an eventfd", code: errno)
+        }
+    }
+
+    deinit {
+        Glibc.close(descriptor)
+    }
+
+    /// Makes the reactor run a turn. From any thread.
+    func nudge() {
+        if !isNudged.exchange(true, ordering: .sequentiallyConsistent) {
+            eventfd_write(descriptor, 1)
+        }
+    }
+
+    /// Called by the reactor when the descriptor is readable.
+    func acknowledge() {
+        var count: eventfd_t = 0
+        eventfd_read(descriptor, &count)
+        isNudged.store(false, ordering: .sequentiallyConsistent)
+    }
+
+    var shouldStop: Bool { stops.load(ordering: .acquiring) }
+
+    func stop() {
+        stops.store(true, ordering: .releasing)
+        nudge()
+    }
+
+    /// Hands a connected socket over; false: the reactor has ended, and the caller keeps it.
+    func deliver(socket: Int32) -> Bool {
+        let isTaken = contents.withLock { contents in
+            if !contents.isClosed { contents.sockets.append(socket) }
+            return !contents.isClosed
+        }
+        if isTaken { nudge() }
+        return isTaken
+    }
+
+    func takeSockets() -> [Int32] {
+        contents.withLock { contents in
+            let sockets = contents.sockets
+            contents.sockets.removeAll(keepingCapacity: true)
+            return sockets
+        }
+    }
+
+    /// The reactor ends: what is still in the box is its own to close.
+    func close() -> [Int32] {
+        contents.withLock { $0.isClosed = true }
+        return takeSockets()
+    }
+}

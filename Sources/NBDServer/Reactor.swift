@@ -1,0 +1,504 @@
+// One thread with its queue, its engine and its connections. A turn:
+//
+//   wait for completions ─▶ engine.beginTurn ─▶ act on each completion, parse and submit requests
+//   ─▶ engine.endTurn ─▶ take what is finished ─▶ send and receive for every connection touched
+//
+// and the next wait submits all of it in one system call.
+//
+// 1. Everything here is used by this thread only; others leave word in the mailbox.
+// 2. Requests are submitted between beginTurn and endTurn, nowhere else.
+// 3. A connection is freed when neither the kernel nor the engine has anything of it.
+
+import BlockIO
+import Glibc
+import Logging
+import ThinPool
+
+final class Reactor {
+    private let number: Int
+    private let shared: ServerState
+    private let mailbox: Mailbox
+    private let logger: Logger
+    private let queue: any IOQueue
+    private let data: QueueDataIO
+    private let engine: VolumeIO
+    private let buffers: BufferPool
+
+    // Listeners: the first reactor has them all.
+    private struct Door {
+        var listener: Listener
+        var isOpen = true
+        var isPausing = false
+    }
+    private var doors: [Door]
+    private var nextReactor = 0
+
+    // Connections, by index.
+    private let connections: UnsafeMutablePointer<Connection?>
+    private var freeIndices: [Int]
+    private var generation: UInt32 = 0
+    private var connectionCount = 0
+    /// Those to look after at the end of the turn.
+    private let marked: UnsafeMutablePointer<Int>
+    private var markedCount = 0
+
+    // Completions of this turn.
+    private struct Completion {
+        var tag: Tag
+        var result: Int32
+    }
+    private var completions: UnsafeMutablePointer<Completion>
+    private var completionCount = 0
+    private var completionCapacity = 1024
+
+    // Time, counted in ticks, which come only while something has a deadline.
+    private let tickNanoseconds: UInt64
+    private var tick: UInt64 = 0
+    private var isTicking = false
+    private var stopDeadline: UInt64?
+
+    private var spinCredit = 0
+
+    /// Submission entries: a turn of a busy connection fits.
+    private static let queueEntries = 1024
+    /// How long to look for completions before going to sleep, where that has paid of late: about
+    /// what going to sleep and waking up costs.
+    private static let spinNanoseconds: UInt64 = 20_000
+    private static let spinCreditLimit = 8
+    /// Accepting pauses this long when there are no descriptors or no memory left.
+    private static let acceptPauseNanoseconds: UInt64 = 100_000_000
+    private static let longestTick: UInt64 = 1_000_000_000
+    private static let shortestTick: UInt64 = 10_000_000
+    /// While others wait for memory, a client that holds some has to move this much in the stall
+    /// timeout.
+    private static let leastProgress: UInt64 = 1 << 20
+
+    /// - Note: called on the reactor's own thread, which the queue belongs to.
+    init(
+        number: Int, shared: ServerState, mailbox: Mailbox, listeners: [Listener]
+    ) throws(DeviceError) {
+        self.number = number
+        self.shared = shared
+        self.mailbox = mailbox
+        logger = shared.logger
+        let configuration = shared.configuration
+        let (queue, fallbackReason) = try makeIOQueue(
+            entries: Self.queueEntries, allowRing: configuration.allowRing)
+        self.queue = queue
+        if number == 0 {
+            logger.info(
+                "I/O by \(queue.name)\(fallbackReason.map { ": \($0)" } ?? "")",
+                metadata: ["reactors": "\(configuration.reactors)"])
+        }
+        data = QueueDataIO(queue: queue, fd: configuration.dataFileDescriptor)
+        engine = VolumeIO(pool: shared.pool, io: data, wake: { mailbox.nudge() })
+        buffers = BufferPool(
+            capacity: max(
+                configuration.payloadBytesTotal / configuration.reactors, BufferPool.largest))
+        doors = listeners.map { Door(listener: $0) }
+        let capacity = configuration.maxConnections
+        connections = .allocate(capacity: capacity)
+        connections.initialize(repeating: nil, count: capacity)
+        freeIndices = Array((0..<capacity).reversed())
+        marked = .allocate(capacity: capacity)
+        completions = .allocate(capacity: completionCapacity)
+        let shortest = min(
+            configuration.handshakeTimeout, configuration.stopTimeout, configuration.stallTimeout)
+        tickNanoseconds = min(
+            max(Self.nanoseconds(shortest) / 4, Self.shortestTick), Self.longestTick)
+    }
+
+    deinit {
+        connections.deinitialize(count: shared.configuration.maxConnections)
+        connections.deallocate()
+        marked.deallocate()
+        completions.deallocate()
+    }
+
+    // MARK: - The loop
+
+    /// Serves until it is told to stop and everything has come to its end.
+    func run() {
+        queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
+        for index in doors.indices { accept(index) }
+        do throws(DeviceError) {
+            while !isFinished { try turn() }
+            engine.close()
+        } catch {
+            // The queue itself has failed: what it holds cannot be waited for, nor freed.
+            logger.critical("reactor \(number) stops: \(error)")
+            for index in 0..<shared.configuration.maxConnections {
+                guard let connection = connections[index] else { continue }
+                shutdown(connection.socket, Int32(SHUT_RDWR))
+                _ = Unmanaged.passRetained(connection)
+            }
+            for door in doors where door.isOpen { door.listener.close() }
+        }
+        for socket in mailbox.close() { dismiss(socket) }
+    }
+
+    private var isFinished: Bool {
+        stopDeadline != nil && connectionCount == 0 && engine.inFlight == 0
+            && doors.allSatisfy { !$0.isOpen }
+    }
+
+    private func turn() throws(DeviceError) {
+        try collect()
+        engine.beginTurn()
+        for index in 0..<completionCount { act(on: completions[index]) }
+        serveWaiters()
+        engine.endTurn()
+        engine.takeFinished { cookie, error in
+            let (owner, slot) = Transmission.place(of: cookie)
+            let connection = connections[owner]!
+            connection.finish(slot: slot, code: error)
+            mark(connection)
+        }
+        settleMarked()
+    }
+
+    /// Submits what was started and waits until something has completed.
+    private func collect() throws(DeviceError) {
+        completionCount = 0
+        if buffers.nextServed != nil { return try poll(wait: false) }
+        if spinCredit > 0 {
+            let deadline = Self.now() + Self.spinNanoseconds
+            repeat {
+                try poll(wait: false)
+                if completionCount > 0 { return }
+            } while Self.now() < deadline
+            spinCredit -= 1
+        }
+        let start = Self.now()
+        try poll(wait: true)
+        if Self.now() - start < Self.spinNanoseconds {
+            spinCredit = min(spinCredit + 2, Self.spinCreditLimit)
+        }
+    }
+
+    private func poll(wait: Bool) throws(DeviceError) {
+        try queue.run(wait: wait) { tag, result in
+            if completionCount == completionCapacity { growCompletions() }
+            completions[completionCount] = Completion(tag: Tag(rawValue: tag), result: result)
+            completionCount += 1
+        }
+    }
+
+    private func growCompletions() {
+        let larger = UnsafeMutablePointer<Completion>.allocate(capacity: completionCapacity * 2)
+        larger.update(from: completions, count: completionCount)
+        completions.deallocate()
+        completions = larger
+        completionCapacity *= 2
+    }
+
+    private func act(on completion: Completion) {
+        let tag = completion.tag
+        if tag.isEngine {
+            if let done = data.completed(tag, completion.result) {
+                engine.complete(tag: done.tag, result: done.result)
+            }
+            return
+        }
+        switch tag.kind {
+        case .receive:
+            let connection = connection(of: tag)
+            connection.isReceiving = false
+            connection.received(completion.result, engine)
+            mark(connection)
+        case .send:
+            let connection = connection(of: tag)
+            connection.isSending = false
+            connection.sent(completion.result, engine)
+            mark(connection)
+        case .wake: wake()
+        case .tick: ticked()
+        case .accept: accepted(completion.result, by: tag.index)
+        case .acceptPause:
+            doors[tag.index].isPausing = false
+            accept(tag.index)
+        case nil: preconditionFailure("a completion with an unknown tag")
+        }
+    }
+
+    private func connection(of tag: Tag) -> Connection {
+        let connection = connections[tag.index]!
+        precondition(connection.generation == tag.generation, "a completion came too late")
+        return connection
+    }
+
+    /// Lets those go on that wait for memory, as far as it lasts.
+    private func serveWaiters() {
+        while let owner = buffers.nextServed {
+            let connection = connections[owner]!
+            connection.resume(engine)
+            mark(connection)
+            // Who is first and has room takes it; anything else would turn in circles here.
+            if buffers.nextServed == owner { break }
+        }
+    }
+
+    private func wake() {
+        mailbox.acknowledge()
+        queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
+        for socket in mailbox.takeSockets() { adopt(socket) }
+        if mailbox.shouldStop && stopDeadline == nil { beginToStop() }
+    }
+
+    // MARK: - Connections
+
+    private func mark(_ connection: Connection) {
+        guard !connection.isMarked else { return }
+        connection.isMarked = true
+        marked[markedCount] = connection.index
+        markedCount += 1
+    }
+
+    private func settleMarked() {
+        for place in 0..<markedCount {
+            let connection = connections[marked[place]]!
+            connection.isMarked = false
+            settle(connection)
+        }
+        markedCount = 0
+        if buffers.hasWaiters { startTicking() }
+    }
+
+    /// Starts what the connection wants to be done next.
+    private func settle(_ connection: Connection) {
+        if connection.isDrained { connection.breakOff(nil) }
+        report(connection)
+        if connection.phase == .closed {
+            if !connection.isShutDown {
+                connection.isShutDown = true
+                shutdown(connection.socket, Int32(SHUT_RDWR))
+            }
+            if connection.isGone { remove(connection) }
+            return
+        }
+        if !connection.isSending, let message = connection.nextMessage() {
+            connection.isSending = true
+            let tag = Tag(.send, index: connection.index, generation: connection.generation)
+            queue.send(connection.socket, message: message, tag: tag.rawValue)
+        }
+        if !connection.isReceiving, let space = connection.receiveSpace() {
+            connection.isReceiving = true
+            let tag = Tag(.receive, index: connection.index, generation: connection.generation)
+            queue.receive(
+                connection.socket, into: space.baseAddress!, length: space.count,
+                tag: tag.rawValue)
+        }
+        if connection.phase != .transmission { startTicking() }
+    }
+
+    /// Says once who has come, and once what is wrong with it.
+    private func report(_ connection: Connection) {
+        if !connection.isAnnounced, let export = connection.exportName {
+            connection.isAnnounced = true
+            logger.info(
+                "client connected",
+                metadata: ["peer": "\(connection.peer)", "export": "\(export)"])
+        }
+        guard !connection.hasWarned else { return }
+        if let problem = connection.problem {
+            warn(connection, problem)
+        } else if let refusal = connection.transmission?.firstRefusal {
+            warn(connection, "request refused: \(refusal)")
+        }
+    }
+
+    private func warn(_ connection: Connection, _ text: String) {
+        connection.hasWarned = true
+        logger.warning(
+            "\(text)",
+            metadata: [
+                "peer": "\(connection.peer)", "export": "\(connection.exportName ?? "none yet")",
+            ])
+    }
+
+    private func remove(_ connection: Connection) {
+        logger.log(
+            level: connection.isAnnounced ? .info : .debug, "client disconnected",
+            metadata: [
+                "peer": "\(connection.peer)", "export": "\(connection.exportName ?? "none")",
+            ])
+        if let volume = connection.volume { shared.pool.close(volume) }
+        connections[connection.index] = nil
+        freeIndices.append(connection.index)
+        connectionCount -= 1
+        dismiss(connection.socket)
+    }
+
+    /// Closes an accepted socket.
+    private func dismiss(_ socket: Int32) {
+        close(socket)
+        shared.connectionEnded()
+    }
+
+    private func adopt(_ socket: Int32) {
+        guard stopDeadline == nil, let index = freeIndices.popLast() else {
+            dismiss(socket)
+            return
+        }
+        generation = (generation + 1) & 0xFF_FFFF
+        let connection = Connection(
+            socket: socket, index: index, generation: generation, peer: Listener.peer(of: socket),
+            exports: PoolExports(pool: shared.pool, isReadOnly: shared.configuration.readOnly),
+            buffers: buffers, tick: tick,
+            handshakeDeadline: tick + ticks(shared.configuration.handshakeTimeout))
+        connections[index] = connection
+        connectionCount += 1
+        logger.debug("accepted", metadata: ["peer": "\(connection.peer)"])
+        connection.begin(engine)
+        mark(connection)
+    }
+
+    // MARK: - Accepting
+
+    private func accept(_ index: Int) {
+        if stopDeadline == nil {
+            queue.accept(doors[index].listener.descriptor, tag: Tag(.accept, index: index).rawValue)
+        } else {
+            closeDoor(index)
+        }
+    }
+
+    private func accepted(_ result: Int32, by index: Int) {
+        if result >= 0 {
+            welcome(result, by: doors[index].listener)
+        } else if stopDeadline == nil {
+            switch -result {
+            case EAGAIN, EINTR, ECONNABORTED, EPROTO: break
+            default:
+                logger.warning(
+                    "cannot accept connections for now: \(ServerError.words(-result))",
+                    metadata: ["listener": "\(doors[index].listener.uri)"])
+                doors[index].isPausing = true
+                queue.timeout(
+                    nanoseconds: Self.acceptPauseNanoseconds,
+                    tag: Tag(.acceptPause, index: index).rawValue)
+                return
+            }
+        }
+        accept(index)
+    }
+
+    private func welcome(_ socket: Int32, by listener: Listener) {
+        guard shared.connectionBegins() else {
+            close(socket)
+            return
+        }
+        listener.prepare(socket)
+        let target = nextReactor
+        nextReactor = (nextReactor + 1) % shared.mailboxes.count
+        if target == number {
+            adopt(socket)
+        } else if !shared.mailboxes[target].deliver(socket: socket) {
+            dismiss(socket)
+        }
+    }
+
+    private func closeDoor(_ index: Int) {
+        guard doors[index].isOpen else { return }
+        doors[index].isOpen = false
+        doors[index].listener.close()
+    }
+
+    // MARK: - Time
+
+    private static func now() -> UInt64 {
+        var time = timespec()
+        clock_gettime(CLOCK_MONOTONIC, &time)
+        return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
+    }
+
+    private static func nanoseconds(_ duration: Duration) -> UInt64 {
+        let (seconds, attoseconds) = duration.components
+        return UInt64(max(seconds, 0)) * 1_000_000_000 + UInt64(max(attoseconds, 0)) / 1_000_000_000
+    }
+
+    /// Ticks that last at least as long.
+    private func ticks(_ duration: Duration) -> UInt64 {
+        Self.nanoseconds(duration) / tickNanoseconds + 2
+    }
+
+    private func startTicking() {
+        guard !isTicking else { return }
+        isTicking = true
+        queue.timeout(nanoseconds: tickNanoseconds, tag: Tag(.tick).rawValue)
+    }
+
+    private func ticked() {
+        isTicking = false
+        tick += 1
+        var goesOn = stopDeadline != nil
+        for index in 0..<shared.configuration.maxConnections {
+            guard let connection = connections[index] else { continue }
+            if watch(connection) { goesOn = true }
+        }
+        if goesOn || buffers.hasWaiters { startTicking() }
+    }
+
+    /// Ends the connection if one of its deadlines has passed; true if it has any.
+    private func watch(_ connection: Connection) -> Bool {
+        if let stopDeadline, tick >= stopDeadline, connection.phase != .closed {
+            end(connection, "the server stopped before the client took its replies")
+        }
+        switch connection.phase {
+        case .handshake:
+            if tick >= connection.handshakeDeadline {
+                end(connection, "the handshake took too long")
+            }
+            return true
+        case .draining:
+            if hasStalled(connection, unlessMoved: 1), connection.transmission?.inFlight ?? 0 == 0 {
+                end(connection, "the client does not take its last replies")
+            }
+            return true
+        case .transmission:
+            guard buffers.hasWaiters, connection.isHoardingMemory else {
+                connection.watchedSince = tick
+                connection.watchedMoved = connection.moved
+                return false
+            }
+            if hasStalled(connection, unlessMoved: Self.leastProgress) {
+                end(connection, "the client holds memory that others wait for, and does not move")
+            }
+            return true
+        case .closed:
+            return false
+        }
+    }
+
+    private func hasStalled(_ connection: Connection, unlessMoved least: UInt64) -> Bool {
+        if connection.moved - connection.watchedMoved >= least {
+            connection.watchedSince = tick
+            connection.watchedMoved = connection.moved
+        }
+        return tick - connection.watchedSince >= ticks(shared.configuration.stallTimeout)
+    }
+
+    private func end(_ connection: Connection, _ problem: String) {
+        connection.breakOff(problem)
+        mark(connection)
+    }
+
+    // MARK: - Stopping
+
+    private func beginToStop() {
+        stopDeadline = tick + ticks(shared.configuration.stopTimeout)
+        startTicking()
+        for index in doors.indices where doors[index].isOpen {
+            if doors[index].isPausing {
+                closeDoor(index)
+            } else {
+                shutdown(doors[index].listener.descriptor, Int32(SHUT_RDWR))
+            }
+        }
+        for index in 0..<shared.configuration.maxConnections {
+            guard let connection = connections[index] else { continue }
+            connection.stop()
+            mark(connection)
+        }
+    }
+}

@@ -1,0 +1,237 @@
+// The server: listeners, reactors, and the way from start to stop.
+//
+// 1. start: listeners are bound, then each reactor's thread makes its queue; only when all have
+//    is the server started. If any fails, everything is undone.
+// 2. stop: no more connections, no more requests; those in flight are finished and answered; it
+//    returns when the last reactor has ended. The pool is the caller's to close, afterwards.
+
+import BlockIO
+import CLinux
+import Dispatch
+import Glibc
+import Logging
+import Synchronization
+import ThinPool
+
+/// Serves the volumes of a pool over NBD.
+///
+/// `start` and `stop` are called from one thread, or one after the other.
+public final class Server {
+    public struct Configuration: Sendable {
+        /// Unix sockets to listen on.
+        public var unixPaths: [String] = []
+        /// Addresses to listen on. A host of "" or "*" is every address; port 0 is any free one.
+        public var tcpAddresses: [(host: String, port: UInt16)] = []
+        /// Threads that serve.
+        public var reactors = 2
+        public var readOnly = false
+        /// Connections at once; more are closed as soon as they are accepted.
+        public var maxConnections = 1000
+        /// Bytes for the payloads of all requests in flight. Each reactor has an equal share, and
+        /// never less than the longest request needs.
+        public var payloadBytesTotal = 256 << 20
+        /// The pool's data device, open for reading and writing. Stays the caller's.
+        public var dataFileDescriptor: Int32
+        /// Use io_uring where the system has it.
+        public var allowRing = true
+        /// A client has to have chosen its export after this long.
+        public var handshakeTimeout = Duration.seconds(10)
+        /// How long `stop` waits for clients to take their replies.
+        public var stopTimeout = Duration.seconds(5)
+        /// A client that leaves, or holds memory that others wait for, must not stand still longer.
+        public var stallTimeout = Duration.seconds(10)
+
+        public init(dataFileDescriptor: Int32) {
+            self.dataFileDescriptor = dataFileDescriptor
+        }
+    }
+
+    private let pool: Pool
+    private let configuration: Configuration
+    private let logger: Logger
+    private var state: ServerState?
+    private var threads: [pthread_t] = []
+
+    public init(pool: Pool, configuration: Configuration, logger: Logger) {
+        var configuration = configuration
+        configuration.reactors = max(configuration.reactors, 1)
+        configuration.maxConnections = max(configuration.maxConnections, 1)
+        self.pool = pool
+        self.configuration = configuration
+        self.logger = logger
+    }
+
+    deinit {
+        stop()
+    }
+
+    /// Starts to serve.
+    /// - Returns: where clients find the server, as NBD URIs without an export's name.
+    public func start() throws(ServerError) -> [String] {
+        precondition(state == nil, "the server is started already")
+        let listeners = try bindListeners()
+        do throws(ServerError) {
+            var mailboxes: [Mailbox] = []
+            for _ in 0..<configuration.reactors { mailboxes.append(try Mailbox()) }
+            let state = ServerState(
+                pool: pool, configuration: configuration, logger: logger, mailboxes: mailboxes)
+            self.state = state
+            for number in mailboxes.indices {
+                try startReactor(number, state, listeners: number == 0 ? listeners : [])
+            }
+            state.startup.wait(for: threads.count)
+            if let failure = state.startup.failure {
+                throw ServerError(
+                    operation: "start to serve", code: failure.code, reason: failure.description)
+            }
+        } catch {
+            stop()
+            for listener in listeners { listener.close() }
+            throw error
+        }
+        state!.startup.open()
+        return listeners.map(\.uri)
+    }
+
+    /// Stops serving; returns when everything that was begun has been finished.
+    public func stop() {
+        guard let state else { return }
+        state.startup.open()
+        for mailbox in state.mailboxes { mailbox.stop() }
+        for thread in threads { pthread_join(thread, nil) }
+        threads = []
+        self.state = nil
+    }
+
+    private func bindListeners() throws(ServerError) -> [Listener] {
+        var listeners: [Listener] = []
+        do throws(ServerError) {
+            for path in configuration.unixPaths { listeners.append(try Listener.unix(path: path)) }
+            for address in configuration.tcpAddresses {
+                listeners += try Listener.tcp(host: address.host, port: address.port)
+            }
+        } catch {
+            for listener in listeners { listener.close() }
+            throw error
+        }
+        return listeners
+    }
+
+    private func startReactor(
+        _ number: Int, _ state: ServerState, listeners: [Listener]
+    ) throws(ServerError) {
+        let body: @Sendable () -> Void = {
+            let mailbox = state.mailboxes[number]
+            do throws(DeviceError) {
+                let reactor = try Reactor(
+                    number: number, shared: state, mailbox: mailbox, listeners: listeners)
+                if state.startup.report(nil) { reactor.run() }
+            } catch {
+                _ = state.startup.report(error)
+            }
+        }
+        threads.append(try startThread("reactor \(number)", body))
+    }
+}
+
+/// What the reactors share.
+final class ServerState: Sendable {
+    let pool: Pool
+    let configuration: Server.Configuration
+    let logger: Logger
+    let mailboxes: [Mailbox]
+    let startup = Startup()
+    private let connections = Atomic<Int>(0)
+    private let isFull = Atomic<Bool>(false)
+
+    init(
+        pool: Pool, configuration: Server.Configuration, logger: Logger, mailboxes: [Mailbox]
+    ) {
+        self.pool = pool
+        self.configuration = configuration
+        self.logger = logger
+        self.mailboxes = mailboxes
+    }
+
+    /// Counts a connection; false if there are as many as there may be.
+    func connectionBegins() -> Bool {
+        let count = connections.wrappingAdd(1, ordering: .relaxed).newValue
+        if count <= configuration.maxConnections { return true }
+        connections.wrappingSubtract(1, ordering: .relaxed)
+        if !isFull.exchange(true, ordering: .relaxed) {
+            logger.warning(
+                "\(configuration.maxConnections) connections are open: more are turned away")
+        }
+        return false
+    }
+
+    func connectionEnded() {
+        connections.wrappingSubtract(1, ordering: .relaxed)
+        isFull.store(false, ordering: .relaxed)
+    }
+}
+
+/// Where the reactors wait for each other before the first of them serves.
+final class Startup: Sendable {
+    private struct State {
+        var failure: DeviceError?
+        var isOpen = false
+    }
+    private let state = Mutex(State())
+    private let reported = DispatchSemaphore(value: 0)
+    private let opened = DispatchSemaphore(value: 0)
+
+    /// A reactor is ready, or has failed. Returns when all are; true if it is to serve.
+    func report(_ failure: DeviceError?) -> Bool {
+        if let failure { state.withLock { $0.failure = $0.failure ?? failure } }
+        reported.signal()
+        opened.wait()
+        opened.signal()
+        return state.withLock { $0.failure == nil }
+    }
+
+    func wait(for count: Int) {
+        for _ in 0..<count { reported.wait() }
+    }
+
+    var failure: DeviceError? { state.withLock { $0.failure } }
+
+    /// Lets the reactors go on, once.
+    func open() {
+        let isFirst = state.withLock { state in
+            defer { state.isOpen = true }
+            return !state.isOpen
+        }
+        if isFirst { opened.signal() }
+    }
+}
+
+private final class ThreadBody: Sendable {
+    let name: String
+    let body: @Sendable () -> Void
+    init(_ name: String, _ body: @escaping @Sendable () -> Void) {
+        self.name = name
+        self.body = body
+    }
+}
+
+/// A thread that runs `body`, to be joined.
+private func startThread(
+    _ name: String, _ body: @escaping @Sendable () -> Void
+) throws(ServerError) -> pthread_t {
+    let argument = Unmanaged.passRetained(ThreadBody(name, body))
+    var thread = pthread_t()
+    let code = pthread_create(
+        &thread, nil,
+        { argument in
+            let thread = Unmanaged<ThreadBody>.fromOpaque(argument!).takeRetainedValue()
+            clinux_name_thread(thread.name)
+            thread.body()
+            return nil
+        }, argument.toOpaque())
+    guard code == 0 else {
+        argument.release()
+        throw ServerError(operation: "start the thread \(name)", code: code)
+    }
+    return thread
+}
