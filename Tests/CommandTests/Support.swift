@@ -42,9 +42,7 @@ enum Program {
             let name = UUID().uuidString
             output = folder.appending(path: "\(name).out")
             error = folder.appending(path: "\(name).err")
-            for file in [output, error] {
-                FileManager.default.createFile(atPath: file.path, contents: nil)
-            }
+            for file in [output, error] { try Data().write(to: file) }
             process.executableURL = URL(filePath: program)
             process.arguments = arguments
             process.standardInput = FileHandle.nullDevice
@@ -115,13 +113,13 @@ final class Scratch {
 
     /// A pool with the volume "vol".
     func makePool(dataSize: String = "64MiB") throws {
-        try must("pool", "create", pool, "--data-size", dataSize)
+        try must("pool", "create", pool, "--data-size", dataSize, "--metadata-size", "4MiB")
         try must("volume", "create", pool, "vol", "32MiB")
     }
 
     func file(_ name: String, size: UInt64, bytes: [UInt8] = []) throws -> String {
         let path = path(name)
-        FileManager.default.createFile(atPath: path, contents: Data(bytes))
+        try Data(bytes).write(to: URL(filePath: path))
         let file = try FileHandle(forUpdating: URL(filePath: path))
         try file.truncate(atOffset: size)
         try file.close()
