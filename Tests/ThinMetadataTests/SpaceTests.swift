@@ -6,7 +6,7 @@ import ThinMetadata
 
 @Suite struct SpaceTests {
     /// Whatever the size: provisioning stops in time, every freeze succeeds, and all can be undone.
-    @Test(arguments: [64, 80, 120, 200, 400]) func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
+    @Test(arguments: [100, 120, 160, 200, 400, 1000]) func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
         var random = Generator(seed: UInt64(blocks))
         let harness = try Harness(metadataBlocks: blocks, dataBlocks: 60_000, cacheBlocks: 8)
         harness.toolEvery = 20
@@ -127,7 +127,7 @@ import ThinMetadata
     }
 
     @Test func fullMetadataGrows() throws {
-        let harness = try Harness(metadataBlocks: 100, dataBlocks: 60_000, cacheBlocks: 8)
+        let harness = try Harness(metadataBlocks: 140, dataBlocks: 60_000, cacheBlocks: 8)
         try harness.create(1)
         var virtual: UInt64 = 0
         while try harness.write(1, virtual) { virtual += 97 }
