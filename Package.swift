@@ -80,6 +80,8 @@ let package = Package(
             dependencies: ["NBDServer", "ThinPool", "ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),
         .testTarget(
-            name: "CommandTests", dependencies: ["wafer"], swiftSettings: swiftSettings),
+            name: "CommandTests",
+            dependencies: ["wafer", "Control", "ThinPool", "ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
     ]
 )
