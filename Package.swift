@@ -43,15 +43,43 @@ let package = Package(
         .testTarget(
             name: "NBDProtocolTests", dependencies: ["NBDProtocol"], swiftSettings: swiftSettings),
         .target(
-            name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO"],
+            name: "ThinPool", dependencies: ["ThinMetadata", "BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .target(
             name: "ThinMetadata", dependencies: ["BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
-        .testTarget(
-            name: "BlockIOTests", dependencies: ["BlockIO"],
-            swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
+
+        // The simulator: pool, metadata and commit code over simulated disks, clock and clients.
+        .target(
+            name: "Simulation", dependencies: ["ThinPool", "ThinMetadata", "BlockIO"],
+            path: "Tests/Simulation", swiftSettings: swiftSettings),
+        .executableTarget(
+            name: "simulate",
+            dependencies: [
+                "Simulation",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            path: "Tests/Simulate", swiftSettings: swiftSettings),
+
+        .testTarget(
+            name: "BlockIOTests", dependencies: ["BlockIO"], swiftSettings: swiftSettings),
+        .testTarget(
+            name: "ThinMetadataTests", dependencies: ["ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "MetadataCheckTests", dependencies: ["ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "ThinPoolTests",
+            dependencies: ["Simulation", "ThinPool", "ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "NBDServerTests",
+            dependencies: ["NBDServer", "ThinPool", "ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
+        .testTarget(
+            name: "CommandTests", dependencies: ["wafer"], swiftSettings: swiftSettings),
     ]
 )

@@ -43,12 +43,11 @@ struct DirectAccess {
                 "direct I/O needs requests aligned to \(alignment) bytes, clients send "
                     + "\(requestAlignment)")
         }
-        let flags = fcntl(descriptor, F_GETFL)
-        guard flags >= 0, fcntl(descriptor, F_SETFL, flags | clinux_o_direct()) == 0 else {
+        guard clinux_set_direct(descriptor, true) == 0 else {
             return refused("its file system does not support direct I/O")
         }
         guard isKnown || isBlockDevice || probe(descriptor) else {
-            _ = fcntl(descriptor, F_SETFL, flags)
+            _ = clinux_set_direct(descriptor, false)
             return refused("direct I/O there does not take requests of \(requestAlignment) bytes")
         }
         return DirectAccess(

@@ -40,7 +40,7 @@ public final class FileDevice: BlockDevice, Sendable {
     public let memoryAlignment: Int
 
     let descriptor: OwnedDescriptor
-    /// The size when last asked for; only ever grows.
+    /// The size when last asked for: spares a system call a transfer.
     let knownSize: Atomic<UInt64>
     /// Operations the device has refused once and is not asked for again.
     let lacksDiscard = Atomic<Bool>(false)

@@ -83,6 +83,6 @@ public func makeIOQueue(
         return (try RingQueue(entries: entries), fallbackReason: nil)
     } catch {
         guard RingQueue.isUnavailable(error) else { throw error }
-        return (try PollQueue(), fallbackReason: error.reason)
+        return (try PollQueue(), fallbackReason: error.description)
     }
 }

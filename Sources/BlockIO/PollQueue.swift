@@ -16,24 +16,21 @@ public final class PollQueue: IOQueue {
     public private(set) var outstanding = 0
 
     private let epoll: OwnedDescriptor
-    private let events: UnsafeMutablePointer<epoll_event>
+    private let events: UnsafeMutablePointer<clinux_event>
     private var completed = CompletionList(capacity: 256)
     private var waiting = WaitingOperations()
     private var deadlines = DeadlineHeap()
     /// The file systems here do not take RWF_DSYNC: write, then fdatasync.
     private var lacksDurableWrite = false
 
-    private static let eventsAtOnce = 256
-
     public init() throws(DeviceError) {
-        let raw = epoll_create1(Int32(EPOLL_CLOEXEC))
+        let raw = clinux_epoll_create()
         guard raw >= 0 else {
-            let code = errno
             throw DeviceError(
-                operation: "set up", path: "epoll", code: code, reason: SystemError.words(code))
+                operation: "set up", path: "epoll", code: -raw, reason: SystemError.words(-raw))
         }
         epoll = OwnedDescriptor(raw)
-        events = .allocate(capacity: Self.eventsAtOnce)
+        events = .allocate(capacity: Int(CLINUX_EVENTS_AT_MOST))
     }
 
     deinit {
@@ -54,7 +51,7 @@ public final class PollQueue: IOQueue {
         let start = off_t(truncatingIfNeeded: offset)
         var done = 0
         while done < length {
-            let result = pread(fd, memory + done, length - done, start + off_t(done))
+            let result = pread(fd, memory + done, length - done, start &+ off_t(done))
             if result > 0 {
                 done += result
             } else if result == 0 {
@@ -97,7 +94,7 @@ public final class PollQueue: IOQueue {
             while done < end {
                 var rest = iovec(
                     iov_base: vectors[index].iov_base + (done - before), iov_len: end - done)
-                let result = clinux_write_vectors(fd, &rest, 1, offset + UInt64(done), flag)
+                let result = clinux_write_vectors(fd, &rest, 1, offset &+ UInt64(done), flag)
                 if result <= 0 { return (done, Int32(-result)) }
                 done += result
             }
@@ -178,6 +175,9 @@ public final class PollQueue: IOQueue {
                     sendmsg(operation.fd, message, Self.withoutWaiting | Self.withoutSignal))
             case .accept:
                 result = acceptNow(operation.fd)
+                // A listening Unix socket that was shut down says EAGAIN to whoever does not wait,
+                // and would be reported as ended for ever.
+                if result == -EAGAIN && events & Self.endEvents != 0 { result = -EINVAL }
             case .poll:
                 return events == 0 ? nil : Int32(events)
             }
@@ -202,10 +202,9 @@ public final class PollQueue: IOQueue {
         return clinux_accept(fd)
     }
 
-    private static let inputEvents = UInt32(EPOLLIN.rawValue)
-    private static let outputEvents = UInt32(EPOLLOUT.rawValue)
-    private static let endEvents = UInt32(EPOLLERR.rawValue) | UInt32(EPOLLHUP.rawValue)
-    private static let oneShot = UInt32(EPOLLONESHOT.rawValue)
+    private static let inputEvents = UInt32(POLLIN)
+    private static let outputEvents = UInt32(POLLOUT)
+    private static let endEvents = UInt32(POLLERR) | UInt32(POLLHUP)
 
     /// Has epoll report the next event that the descriptor's lists wait for. The descriptor's
     /// number may have come to a new file since it was last armed, so the kernel's word counts.
@@ -214,16 +213,9 @@ public final class PollQueue: IOQueue {
         if waiting.first(fd, .input) != nil { wanted |= Self.inputEvents }
         if waiting.first(fd, .output) != nil { wanted |= Self.outputEvents }
         guard wanted != 0 else { return }
-        var event = epoll_event()
-        event.events = wanted | Self.oneShot
-        event.data.fd = fd
-        var result = epoll_ctl(epoll.raw, EPOLL_CTL_MOD, fd, &event)
-        if result != 0 && errno == ENOENT {
-            result = epoll_ctl(epoll.raw, EPOLL_CTL_ADD, fd, &event)
-        }
-        guard result != 0 else { return }
+        let code = -clinux_epoll_arm(epoll.raw, fd, wanted)
+        guard code != 0 else { return }
         // EPERM: a regular file, which poll(2) calls always readable.
-        let code = errno
         for direction in WaitingOperation.Direction.allCases {
             while let operation = waiting.first(fd, direction) {
                 waiting.removeFirst(fd, direction)
@@ -289,14 +281,14 @@ public final class PollQueue: IOQueue {
         assert(!wait || outstanding > 0, "waits for ever: nothing is outstanding")
         if !waiting.isEmpty || wait && completed.isEmpty {
             let limit = wait && completed.isEmpty ? patience() : 0
-            let count = epoll_wait(epoll.raw, events, Int32(Self.eventsAtOnce), limit)
-            if count < 0 && errno != EINTR {
+            let count = clinux_epoll_wait(epoll.raw, events, limit)
+            if count < 0 && count != -EINTR {
                 throw DeviceError(
-                    operation: "wait for", path: "epoll", code: errno,
-                    reason: SystemError.words(errno))
+                    operation: "wait for", path: "epoll", code: -count,
+                    reason: SystemError.words(-count))
             }
             for index in 0..<max(Int(count), 0) {
-                answer(events[index].data.fd, events[index].events)
+                answer(events[index].fd, events[index].events)
             }
         }
         expireTimeouts()

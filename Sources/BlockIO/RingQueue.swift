@@ -15,11 +15,7 @@ public final class RingQueue: IOQueue {
     public let name = "io_uring"
     public private(set) var outstanding = 0
 
-    private let ring: UnsafeMutablePointer<io_uring>
-    /// A timeout's time, by the index of its submission entry: in place until it is submitted.
-    private let times: UnsafeMutablePointer<__kernel_timespec>
-    /// Takes the operations started after a failure.
-    private let spareEntry: UnsafeMutablePointer<io_uring_sqe>
+    private let ring: OpaquePointer
     private var stash = CompletionList(capacity: 64)
     private var failure: DeviceError?
 
@@ -29,24 +25,14 @@ public final class RingQueue: IOQueue {
 
     /// Throws what `isUnavailable` recognises where io_uring is missing, forbidden or too old.
     public init(entries: Int) throws(DeviceError) {
-        let ring = UnsafeMutablePointer<io_uring>.allocate(capacity: 1)
-        ring.initialize(to: io_uring())
-        let result = clinux_ring_open(ring, UInt32(min(max(entries, 1), Self.entriesAtMost)))
-        guard result == 0 else {
-            ring.deallocate()
-            throw Self.opening(result)
-        }
+        var ring: OpaquePointer?
+        let result = clinux_ring_open(UInt32(min(max(entries, 1), Self.entriesAtMost)), &ring)
+        guard result == 0, let ring else { throw Self.opening(result) }
         self.ring = ring
-        times = .allocate(capacity: Int(clinux_ring_entries(ring)))
-        spareEntry = .allocate(capacity: 1)
-        spareEntry.initialize(to: io_uring_sqe())
     }
 
     deinit {
-        io_uring_queue_exit(ring)
-        ring.deallocate()
-        times.deallocate()
-        spareEntry.deallocate()
+        clinux_ring_close(ring)
     }
 
     // MARK: - Availability
@@ -61,7 +47,7 @@ public final class RingQueue: IOQueue {
                 (-result, "io_uring is forbidden here (kernel.io_uring_disabled, or a sandbox)")
             case -ENOMEM:
                 (ENOMEM, "io_uring gets no memory; raise RLIMIT_MEMLOCK (ulimit -l)")
-            default: (-result, "io_uring cannot be set up: \(SystemError.words(-result))")
+            default: (-result, SystemError.words(-result))
             }
         return DeviceError(operation: "set up", path: "io_uring", code: code, reason: reason)
     }
@@ -76,26 +62,33 @@ public final class RingQueue: IOQueue {
 
     // MARK: - Starting operations
 
+    // Each tries until a submission entry is free; `makeRoom` gives up only after a failure.
+
     public func read(
         _ fd: Int32, at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int,
         tag: UInt64
     ) {
-        clinux_prepare_read(nextEntry(), fd, memory, length, offset, tag)
+        outstanding += 1
+        while !clinux_ring_read(ring, fd, memory, length, offset, tag), makeRoom() {}
     }
 
     public func write(
         _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool,
         tag: UInt64
     ) {
-        clinux_prepare_write(nextEntry(), fd, vectors, count, offset, durable, tag)
+        outstanding += 1
+        let flags = durable ? Int32(CLINUX_RWF_DSYNC) : 0
+        while !clinux_ring_write(ring, fd, vectors, count, offset, flags, tag), makeRoom() {}
     }
 
     public func flush(_ fd: Int32, tag: UInt64) {
-        clinux_prepare_flush(nextEntry(), fd, tag)
+        outstanding += 1
+        while !clinux_ring_flush(ring, fd, tag), makeRoom() {}
     }
 
     public func allocate(_ fd: Int32, mode: Int32, at offset: UInt64, length: UInt64, tag: UInt64) {
-        clinux_prepare_allocate(nextEntry(), fd, mode, offset, length, tag)
+        outstanding += 1
+        while !clinux_ring_allocate(ring, fd, mode, offset, length, tag), makeRoom() {}
     }
 
     public func accept(_ fd: Int32, tag: UInt64) {
@@ -104,51 +97,47 @@ public final class RingQueue: IOQueue {
         if flags >= 0 && flags & O_NONBLOCK != 0 {
             _ = fcntl(fd, F_SETFL, flags & ~O_NONBLOCK)
         }
-        clinux_prepare_accept(nextEntry(), fd, tag)
+        outstanding += 1
+        while !clinux_ring_accept(ring, fd, tag), makeRoom() {}
     }
 
     public func receive(
         _ fd: Int32, into memory: UnsafeMutableRawPointer, length: Int, tag: UInt64
     ) {
-        clinux_prepare_receive(nextEntry(), fd, memory, length, tag)
+        outstanding += 1
+        while !clinux_ring_receive(ring, fd, memory, length, tag), makeRoom() {}
     }
 
     public func send(_ fd: Int32, message: UnsafePointer<msghdr>, tag: UInt64) {
-        clinux_prepare_send(nextEntry(), fd, message, tag)
+        outstanding += 1
+        while !clinux_ring_send(ring, fd, message, tag), makeRoom() {}
     }
 
     public func poll(_ fd: Int32, tag: UInt64) {
-        clinux_prepare_poll(nextEntry(), fd, tag)
+        outstanding += 1
+        while !clinux_ring_poll(ring, fd, tag), makeRoom() {}
     }
 
     public func timeout(nanoseconds: UInt64, tag: UInt64) {
-        let entry = nextEntry()
-        let index = entry == spareEntry ? 0 : clinux_ring_index(ring, entry)
-        clinux_prepare_timeout(entry, times + index, nanoseconds, tag)
-    }
-
-    @inline(__always)
-    private func nextEntry() -> UnsafeMutablePointer<io_uring_sqe> {
         outstanding += 1
-        if let entry = clinux_ring_entry(ring) { return entry }
-        return makeRoom()
+        while !clinux_ring_timeout(ring, nanoseconds, tag), makeRoom() {}
     }
 
-    /// The entries are full: submits them. Does not return before one is free.
+    /// The entries are full: submits them. False: the ring has failed, and `run` will say so.
     @inline(never)
-    private func makeRoom() -> UnsafeMutablePointer<io_uring_sqe> {
-        while failure == nil {
-            let result = clinux_ring_submit(ring)
-            if let entry = clinux_ring_entry(ring) { return entry }
-            switch -result {
-            case 0, EINTR, EAGAIN, EBUSY:
-                // Too many completions wait, or memory is short: take what is there.
-                if !stashCompletions() { usleep(Self.shortagePause) }
-            default:
-                fail("submit to", -result)
-            }
+    private func makeRoom() -> Bool {
+        guard failure == nil else { return false }
+        let result = clinux_ring_submit(ring)
+        switch -result {
+        case ..<0:
+            break
+        case 0, EINTR, EAGAIN, EBUSY:
+            // Too many completions wait, or memory is short: take what is there.
+            if !stashCompletions() { usleep(Self.shortagePause) }
+        default:
+            fail("submit to", -result)
         }
-        return spareEntry
+        return failure == nil
     }
 
     private func stashCompletions() -> Bool {

@@ -1,4 +1,4 @@
-// Device ioctls, statx's direct I/O fields, and settings of the process.
+// Files, block devices, and settings of the process.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -10,7 +10,22 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
+
+// MARK: - Files
+
+_Static_assert(
+    CLINUX_KEEP_SIZE == FALLOC_FL_KEEP_SIZE && CLINUX_PUNCH_HOLE == FALLOC_FL_PUNCH_HOLE
+        && CLINUX_ZERO_RANGE == FALLOC_FL_ZERO_RANGE && CLINUX_RWF_DSYNC == RWF_DSYNC,
+    "constants that Swift sees");
+
+int clinux_set_direct(int fd, bool direct) {
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0) return -errno;
+    flags = direct ? flags | O_DIRECT : flags & ~O_DIRECT;
+    return fcntl(fd, F_SETFL, flags) == 0 ? 0 : -errno;
+}
 
 // Own copy of statx's tail: Debian 12's glibc has the call without these fields, and the kernel's
 // header that has them cannot be included beside glibc's.
@@ -36,26 +51,21 @@ int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
     return 0;
 }
 
-int clinux_o_direct(void) { return O_DIRECT; }
-
 int clinux_allocate(int fd, int mode, uint64_t offset, uint64_t length) {
     while (fallocate(fd, mode, (off_t)offset, (off_t)length) != 0)
         if (errno != EINTR) return -errno;
     return 0;
 }
 
-ssize_t clinux_write_vectors(
-    int fd, const struct iovec *vectors, int count, uint64_t offset, int flags) {
+ptrdiff_t clinux_write_vectors(
+    int fd, const void *vectors, int count, uint64_t offset, int flags) {
     ssize_t result;
     do result = pwritev2(fd, vectors, count, (off_t)offset, flags);
     while (result < 0 && errno == EINTR);
     return result < 0 ? -errno : result;
 }
 
-int clinux_accept(int fd) {
-    int result = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
-    return result < 0 ? -errno : result;
-}
+// MARK: - Block devices
 
 int clinux_block_size(int fd, uint64_t *bytes) {
     return ioctl(fd, BLKGETSIZE64, bytes) == 0 ? 0 : -errno;
@@ -77,6 +87,8 @@ int clinux_block_zero(int fd, uint64_t offset, uint64_t length) {
     uint64_t range[2] = {offset, length};
     return ioctl(fd, BLKZEROOUT, range) == 0 ? 0 : -errno;
 }
+
+// MARK: - Process
 
 int clinux_set_io_flusher(void) {
     return prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : -errno;

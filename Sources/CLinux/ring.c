@@ -1,10 +1,23 @@
-// Making an io_uring: which set-up flags this kernel takes, and whether it has what is needed.
+// io_uring by liburing. Only what liburing 2.3 (Debian 12) has is used.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #include "CLinux.h"
 #include <errno.h>
+#include <liburing.h>
+#include <poll.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+struct clinux_ring {
+    struct io_uring ring;
+    // A timeout's time, by the index of its submission entry: in place until it is submitted.
+    struct __kernel_timespec *times;
+};
+
+// MARK: - Making
 
 // NODROP: completions are never lost when the completion ring is full. FAST_POLL: a receive waits
 // without a kernel thread of its own. SUBMIT_STABLE: a timeout's time may go once submitted.
@@ -21,8 +34,8 @@ static const unsigned common_flags = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP;
 // Best first; the comment names the kernel that brought the set.
 static const unsigned flag_sets[] = {
     IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_COOP_TASKRUN
-        | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,                          // 6.1
-    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,    // 5.19
+        | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,                        // 6.1
+    IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL,  // 5.19
     0,
 };
 
@@ -40,7 +53,7 @@ static bool has_operations(struct io_uring *ring) {
     return all;
 }
 
-int clinux_ring_open(struct io_uring *ring, unsigned entries) {
+static int open_ring(struct io_uring *ring, unsigned entries, unsigned *granted) {
     int result = -EINVAL;
     struct io_uring_params parameters;
     for (size_t i = 0; i < sizeof flag_sets / sizeof flag_sets[0] && result == -EINVAL; i++) {
@@ -50,18 +63,161 @@ int clinux_ring_open(struct io_uring *ring, unsigned entries) {
         result = io_uring_queue_init_params(entries, ring, &parameters);
     }
     if (result < 0) return result;
+    *granted = parameters.sq_entries;
     if ((parameters.features & needed_features) != needed_features)
         result = CLINUX_RING_MISSING_FEATURES;
     else if (!has_operations(ring))
         result = CLINUX_RING_MISSING_OPERATIONS;
     else
         result = 0;
+    if (result != 0) io_uring_queue_exit(ring);
+    return result;
+}
+
+int clinux_ring_open(unsigned entries, struct clinux_ring **made) {
+    struct clinux_ring *ring = calloc(1, sizeof *ring);
+    if (!ring) return -ENOMEM;
+    unsigned granted = 0;
+    int result = open_ring(&ring->ring, entries, &granted);
     if (result != 0) {
-        io_uring_queue_exit(ring);
+        free(ring);
         return result;
+    }
+    ring->times = calloc(granted, sizeof *ring->times);
+    if (!ring->times) {
+        clinux_ring_close(ring);
+        return -ENOMEM;
     }
     // Spares a descriptor look-up at each entry into the kernel; only a gain, so a refusal is
     // no error.
-    io_uring_register_ring_fd(ring);
+    io_uring_register_ring_fd(&ring->ring);
+    *made = ring;
     return 0;
+}
+
+void clinux_ring_close(struct clinux_ring *ring) {
+    io_uring_queue_exit(&ring->ring);
+    free(ring->times);
+    free(ring);
+}
+
+// MARK: - Operations
+
+bool clinux_ring_read(
+    struct clinux_ring *ring, int fd, void *bytes, size_t length, uint64_t offset, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_read(sqe, fd, bytes, (unsigned)length, offset);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_write(
+    struct clinux_ring *ring, int fd, const void *vectors, size_t count, uint64_t offset,
+    int flags, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    const struct iovec *list = vectors;
+    // One vector: the plain form, which spares the kernel the copying of the array.
+    if (count == 1)
+        io_uring_prep_write(sqe, fd, list->iov_base, (unsigned)list->iov_len, offset);
+    else
+        io_uring_prep_writev(sqe, fd, list, (unsigned)count, offset);
+    sqe->rw_flags = flags;
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_flush(struct clinux_ring *ring, int fd, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_allocate(
+    struct clinux_ring *ring, int fd, int mode, uint64_t offset, uint64_t length, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_fallocate(sqe, fd, mode, (off_t)offset, (off_t)length);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_accept(struct clinux_ring *ring, int fd, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_accept(sqe, fd, NULL, NULL, SOCK_CLOEXEC);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_receive(
+    struct clinux_ring *ring, int fd, void *bytes, size_t length, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_recv(sqe, fd, bytes, length, 0);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_send(struct clinux_ring *ring, int fd, const void *message, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_sendmsg(sqe, fd, message, MSG_NOSIGNAL);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_poll(struct clinux_ring *ring, int fd, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_poll_add(sqe, fd, POLLIN);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_timeout(struct clinux_ring *ring, uint64_t nanoseconds, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    struct __kernel_timespec *time = &ring->times[sqe - ring->ring.sq.sqes];
+    time->tv_sec = (long long)(nanoseconds / 1000000000u);
+    time->tv_nsec = (long long)(nanoseconds % 1000000000u);
+    io_uring_prep_timeout(sqe, time, 0, 0);
+    sqe->user_data = tag;
+    return true;
+}
+
+// MARK: - Submitting and taking
+
+int clinux_ring_submit(struct clinux_ring *ring) { return io_uring_submit(&ring->ring); }
+
+int clinux_ring_submit_and_wait(struct clinux_ring *ring) {
+    return io_uring_submit_and_wait(&ring->ring, 1);
+}
+
+int clinux_ring_submit_and_collect(struct clinux_ring *ring) {
+    return io_uring_submit_and_get_events(&ring->ring);
+}
+
+bool clinux_ring_wants_entry(const struct clinux_ring *ring) {
+    return io_uring_sq_ready(&ring->ring) != 0
+        || (IO_URING_READ_ONCE(*ring->ring.sq.kflags)
+            & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+}
+
+unsigned clinux_ring_ready(const struct clinux_ring *ring) {
+    return io_uring_cq_ready(&ring->ring);
+}
+
+bool clinux_ring_take(struct clinux_ring *ring, uint64_t *tag, int32_t *result) {
+    struct io_uring_cq *queue = &ring->ring.cq;
+    unsigned head = *queue->khead;
+    if (head == io_uring_smp_load_acquire(queue->ktail)) return false;
+    const struct io_uring_cqe *cqe = &queue->cqes[head & queue->ring_mask];
+    *tag = cqe->user_data;
+    *result = cqe->res;
+    io_uring_cq_advance(&ring->ring, 1);
+    return true;
 }

@@ -1,0 +1,223 @@
+// The server's management interface: the socket `wafer.sock` in the pool's directory.
+//
+// 1. Only its owner (and root) can connect: the socket's mode is 0600 from its beginning.
+// 2. One thread accepts; each connection has a thread of its own, as verbs block. There are few of
+//    both, and no client is waited for longer than a deadline, so none can keep others out for good.
+// 3. A socket left over is removed only after a connection to it was refused; at the end only if it
+//    is still this server's.
+
+import Dispatch
+import Glibc
+import Logging
+import Synchronization
+import ThinPool
+
+public final class ControlServer: @unchecked Sendable {
+    private static let maxConnections = 16
+    /// Milliseconds for a request to come, and for a response to be taken.
+    private static let requestTimeout = 10_000
+    private static let responseTimeout = 10_000
+    /// Milliseconds between progress lines of a check.
+    private static let progressInterval = 200
+
+    private let pool: LocalPool
+    private let logger: Logger
+    private let place: SocketPlace
+    private let listener: Int32
+    /// What was bound, so that nobody else's socket is removed at the end.
+    private let identity: ino_t
+    /// A byte in this pipe ends the acceptor.
+    private let stopPipe: (read: Int32, write: Int32)
+    private var acceptor: pthread_t?
+
+    private struct Connections {
+        var open: [ObjectIdentifier: ControlSocket] = [:]
+        var isStopping = false
+    }
+    private let connections = Mutex(Connections())
+    /// Verbs that were begun; the pool must stay until they are answered.
+    private let idle = DispatchGroup()
+
+    /// Listens, and answers from `start` on.
+    public init(_ pool: LocalPool, logger: Logger) throws(ControlError) {
+        self.pool = pool
+        self.logger = logger
+        let place = try SocketPlace(pool.directory, PoolDirectory.controlSocketName)
+        self.place = place
+        let listener = try SocketPlace.newSocket()
+        do throws(ControlError) {
+            // Takes effect at bind: nobody can connect in between.
+            guard fchmod(listener, 0o600) == 0 else {
+                throw ControlError(cannot: "protect", place.path, errno)
+            }
+            var code = place.bind(listener)
+            if code == EADDRINUSE {
+                try Self.removeStale(place)
+                code = place.bind(listener)
+            }
+            guard code == 0 else { throw ControlError(cannot: "listen on", place.path, code) }
+            guard listen(listener, 64) == 0, let status = place.status() else {
+                throw ControlError(cannot: "listen on", place.path, errno)
+            }
+            identity = status.st_ino
+            var pipe: [Int32] = [-1, -1]
+            guard Glibc.pipe(&pipe) == 0 else { throw ControlError(cannot: "make", "a pipe", errno) }
+            stopPipe = (pipe[0], pipe[1])
+        } catch {
+            close(listener)
+            throw error
+        }
+        self.listener = listener
+    }
+
+    deinit {
+        close(listener)
+        close(stopPipe.read)
+        close(stopPipe.write)
+    }
+
+    private static func removeStale(_ place: SocketPlace) throws(ControlError) {
+        guard let status = place.status(), status.st_mode & S_IFMT == S_IFSOCK else {
+            throw ControlError(
+                .device, "\(place.path) is in the way and is no socket: move it elsewhere")
+        }
+        let probe = ControlSocket(descriptor: try SocketPlace.newSocket())
+        guard place.connect(probe.descriptor) == ECONNREFUSED else {
+            throw ControlError(.busy, "another server listens on \(place.path): stop it first")
+        }
+        place.remove()
+    }
+
+    public func start() {
+        precondition(acceptor == nil)
+        acceptor = startThread("wafer-control") { self.acceptConnections() }
+    }
+
+    /// Takes no more requests; returns when those that were begun are answered.
+    public func stop() {
+        guard let acceptor else { return }
+        self.acceptor = nil
+        var signal: UInt8 = 1
+        write(stopPipe.write, &signal, 1)
+        pthread_join(acceptor, nil)
+        if place.status()?.st_ino == identity { place.remove() }
+        connections.withLock { connections in
+            connections.isStopping = true
+            // Ends the wait for a request; an answer that is due can still be sent.
+            for socket in connections.open.values { shutdown(socket.descriptor, Int32(SHUT_RD)) }
+        }
+        idle.wait()
+    }
+
+    // MARK: - Accepting
+
+    private func acceptConnections() {
+        var states = [
+            pollfd(fd: listener, events: Int16(POLLIN), revents: 0),
+            pollfd(fd: stopPipe.read, events: Int16(POLLIN), revents: 0),
+        ]
+        while true {
+            guard poll(&states, 2, -1) >= 0 || errno == EINTR else { return }
+            if states[1].revents != 0 { return }
+            guard states[0].revents != 0 else { continue }
+            let descriptor = accept(listener, nil, nil)
+            guard descriptor >= 0 else {
+                // Out of descriptors: it will pass, and must not be waited for busily.
+                if errno == EMFILE || errno == ENFILE || errno == ENOMEM { sleepMilliseconds(100) }
+                continue
+            }
+            _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
+            begin(ControlSocket(descriptor: descriptor))
+        }
+    }
+
+    private func begin(_ socket: ControlSocket) {
+        let hasRoom = connections.withLock { connections in
+            guard connections.open.count < Self.maxConnections else { return false }
+            connections.open[ObjectIdentifier(socket)] = socket
+            return true
+        }
+        guard hasRoom else {
+            let error = ControlError(
+                .busy, "the server answers \(Self.maxConnections) other commands: try again later")
+            if let line = try? ControlLine.encode(ControlResponse.failed(error)) {
+                _ = socket.write(line, milliseconds: 0)
+            }
+            return
+        }
+        idle.enter()
+        let thread = startThread("wafer-verb") {
+            self.serve(socket)
+            _ = self.connections.withLock { $0.open.removeValue(forKey: ObjectIdentifier(socket)) }
+            self.idle.leave()
+        }
+        pthread_detach(thread)
+    }
+
+    // MARK: - Answering
+
+    private func serve(_ socket: ControlSocket) {
+        while !connections.withLock({ $0.isStopping }),
+            let line = socket.readLine(
+                limit: ControlLine.maxRequestBytes, milliseconds: Self.requestTimeout)
+        {
+            let response: ControlResponse
+            do throws(ControlError) {
+                response = try answer(ControlLine.decode(ControlRequest.self, line), socket)
+            } catch {
+                response = .failed(error)
+            }
+            guard send(response, socket) else { return }
+        }
+    }
+
+    private func send(_ response: ControlResponse, _ socket: ControlSocket) -> Bool {
+        let line: [UInt8]
+        do throws(ControlError) { line = try ControlLine.encode(response) } catch {
+            logger.error("control socket: \(error)")
+            return false
+        }
+        return socket.write(line, milliseconds: Self.responseTimeout)
+    }
+
+    private func answer(_ request: ControlRequest, _ socket: ControlSocket) throws(ControlError)
+        -> ControlResponse
+    {
+        switch request {
+        case .status: return .status(try pool.status())
+        case .volumes: return .volumes(try pool.volumes())
+        case .change(let change):
+            do throws(ControlError) {
+                // A client that went away does not stop what it has asked for.
+                try pool.change(change) { _ = send(.progress(nil), socket) }
+            } catch {
+                logger.info("refused: \(change.words): \(error)")
+                throw error
+            }
+            logger.info("\(change.words)")
+            return .done
+        case .check:
+            var told = 0
+            return .check(
+                try pool.check { advance in
+                    let now = monotonicMilliseconds()
+                    guard now - told >= Self.progressInterval else { return }
+                    told = now
+                    _ = send(.progress(advance), socket)
+                })
+        }
+    }
+}
+
+extension PoolChange {
+    /// For the log.
+    var words: String {
+        switch self {
+        case .create(let name, let size): "create volume \(name) of \(ByteSize(bytes: size))"
+        case .snapshot(let origin, let name): "snapshot volume \(origin) as \(name)"
+        case .delete(let name): "delete volume \(name)"
+        case .adopt(let id, let name, let size):
+            "adopt thin device \(id) as \(name) of \(ByteSize(bytes: size))"
+        }
+    }
+}

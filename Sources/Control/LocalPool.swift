@@ -1,0 +1,123 @@
+// A pool that this process has open: both devices, held exclusively, and the thread that commits.
+//
+// 1. The devices are locked from `init` until the object goes.
+// 2. Whoever opened it to change it calls `close`: what is not committed by then is lost.
+
+import BlockIO
+import ThinMetadata
+import ThinPool
+
+public final class LocalPool: PoolManager, @unchecked Sendable {
+    public enum Purpose: Sendable {
+        /// Nothing is written, no thread is started.
+        case inspect
+        case change
+    }
+
+    public let directory: PoolDirectory
+    public let metadata: FileDevice
+    public let data: FileDevice
+    public let pool: Pool
+    private let thread: PoolThread?
+    private let purpose: Purpose
+
+    /// Milliseconds between two signs of life while a change takes its time.
+    private static let pulse = 1000
+
+    public init(
+        _ directory: PoolDirectory, purpose: Purpose, options: PoolOptions = PoolOptions(),
+        allowRing: Bool = true
+    ) throws(ControlError) {
+        self.directory = directory
+        self.purpose = purpose
+        var options = options
+        if purpose == .inspect { options.readOnly = true }
+        let access: FileDevice.Access = options.readOnly ? .readOnly : .readWrite
+        do throws(DeviceError) {
+            metadata = try FileDevice(path: directory.metadataPath, access: access)
+            data = try FileDevice(path: directory.dataPath, access: access)
+        } catch { throw ControlError(error) }
+        do throws(PoolError) {
+            pool = try Pool(metadata: metadata, data: data, options: options)
+        } catch {
+            var failure = ControlError(error)
+            failure.message = "cannot open the pool \(directory.path): \(failure.message)"
+            throw failure
+        }
+        guard purpose == .change else {
+            thread = nil
+            return
+        }
+        thread = PoolThread(pool: pool, metadata: metadata, data: data, allowRing: allowRing)
+        thread?.start()
+    }
+
+    /// Commits, and ends the thread. The pool is of no use afterwards.
+    ///
+    /// - Parameter deletions: wait until deleted volumes have given back their blocks; otherwise
+    ///   that goes on when the pool is next opened.
+    public func close(finishingDeletions deletions: Bool = false) throws(ControlError) {
+        if let failure = thread?.stop(finishingDeletions: deletions) {
+            throw ControlError(
+                .refused, "the pool \(directory.path) has failed: \(failure.message)")
+        }
+    }
+
+    // MARK: - PoolManager
+
+    public var isRemote: Bool { false }
+
+    public func status() throws(ControlError) -> PoolStatus { pool.status() }
+
+    public func volumes() throws(ControlError) -> [VolumeInfo] {
+        do throws(PoolError) { return try pool.volumeList() } catch { throw ControlError(error) }
+    }
+
+    public func change(_ change: PoolChange) throws(ControlError) {
+        try self.change(change) {}
+    }
+
+    /// - Parameter pulse: called about once a second while it takes that long.
+    func change(_ change: PoolChange, pulse: () -> Void) throws(ControlError) {
+        guard purpose == .change else {
+            throw ControlError(.refused, "the pool is open for inspection only")
+        }
+        let answer = Latch<PoolError?>()
+        pool.request(change.volumeChange) { answer.set($0) }
+        while true {
+            if let error = answer.wait(milliseconds: Self.pulse) {
+                if let error { throw ControlError(error) }
+                return
+            }
+            pulse()
+        }
+    }
+
+    /// Returns when deleted volumes have given back their blocks; `progress` gets bytes, done and
+    /// in all.
+    public func finishDeletions(progress: (UInt64, UInt64) -> Void) throws(ControlError) {
+        var total: UInt64 = 0
+        while pool.status().deleting > 0 {
+            if let failure = pool.status().failure {
+                throw ControlError(.refused, "the pool \(directory.path) has failed: \(failure)")
+            }
+            let left = try volumes().filter { $0.state == .deleting }
+                .reduce(0) { $0 + $1.mappedBytes }
+            total = max(total, left)
+            progress(total - left, total)
+            sleepMilliseconds(Self.deletionPause)
+        }
+    }
+    private static let deletionPause: UInt32 = 20
+
+    public func check(progress: (CheckAdvance) -> Void) throws(ControlError) -> CheckResult {
+        do throws(PoolError) {
+            return PoolCheck.result(try pool.check { progress(CheckAdvance($0)) })
+        } catch { throw ControlError(error) }
+    }
+}
+
+extension PoolStatus {
+    /// Why the pool failed, if it did.
+    fileprivate var failure: String? { mode == .failed ? reason ?? "unknown" : nil }
+}

@@ -1,0 +1,188 @@
+// A pool being served: its devices, the NBD server, the management socket, started and stopped in
+// the order in which they need each other.
+//
+//     devices locked, pool open ──> control socket answers ──> NBD sockets accept
+//     NBD drained ──> control socket closed ──> last commit ──> devices given up
+
+import BlockIO
+import Glibc
+import Logging
+import NBDServer
+import ThinPool
+
+public struct ServeOptions: Sendable {
+    public enum IOChoice: String, Sendable, CaseIterable {
+        /// io_uring where the system has it.
+        case auto
+        /// io_uring or nothing.
+        case uring
+        /// poll and plain reads and writes.
+        case poll
+    }
+
+    /// If there is neither a path nor an address: `nbd.sock` in the pool's directory.
+    public var unixPaths: [String] = []
+    public var tcpAddresses: [(host: String, port: UInt16)] = []
+    public var reactors = 1
+    public var maxConnections = 1000
+    public var payloadBytes = 256 << 20
+    public var io = IOChoice.auto
+    public var pool = PoolOptions()
+
+    public init() {}
+}
+
+/// `start`, `stop` and the release are one thread's.
+public final class PoolServer {
+    private let local: LocalPool
+    private let control: ControlServer
+    private let server: Server
+    private let logger: Logger
+    private var isStopped = false
+
+    /// Milliseconds for which a locked pool is tried again: a command may be at work on it.
+    private static let patience = 5000
+    private static let pause: UInt32 = 50
+
+    /// Opens the pool. Call it on the main thread before there are others: they inherit what is
+    /// set here for the process.
+    public init(_ path: String, _ options: ServeOptions, logger: Logger) throws(ControlError) {
+        self.logger = logger
+        let directory = try PoolDirectory.locate(path)
+        let allowRing = try Self.prepare(options, logger)
+        let local = try Self.open(directory, options, allowRing: allowRing)
+        self.local = local
+        local.pool.onFailure = { error in
+            logger.critical("the pool has failed and takes no more writes: \(error)")
+        }
+        do throws(ControlError) {
+            control = try ControlServer(local, logger: logger)
+        } catch {
+            try? local.close()
+            throw error
+        }
+        var configuration = Server.Configuration(
+            dataFileDescriptor: local.data.fileDescriptor)
+        configuration.unixPaths = options.unixPaths
+        configuration.tcpAddresses = options.tcpAddresses
+        if options.unixPaths.isEmpty && options.tcpAddresses.isEmpty {
+            configuration.unixPaths = [directory.nbdSocketPath]
+        }
+        configuration.reactors = options.reactors
+        configuration.readOnly = options.pool.readOnly
+        configuration.maxConnections = options.maxConnections
+        configuration.payloadBytesTotal = options.payloadBytes
+        configuration.allowRing = allowRing
+        server = Server(pool: local.pool, configuration: configuration, logger: logger)
+        describe(local)
+    }
+
+    /// Accepts connections.
+    ///
+    /// - Returns: where, as NBD URIs.
+    public func start() throws(ControlError) -> [String] {
+        control.start()
+        do throws(ServerError) { return try server.start() } catch {
+            let failure = ControlError(.device, error.description)
+            try? stop()
+            throw failure
+        }
+    }
+
+    /// Answers what was begun, commits, and gives up the devices.
+    public func stop() throws(ControlError) {
+        guard !isStopped else { return }
+        isStopped = true
+        server.stop()
+        control.stop()
+        try local.close()
+    }
+
+    // MARK: - Opening
+
+    private static func open(
+        _ directory: PoolDirectory, _ options: ServeOptions, allowRing: Bool
+    ) throws(ControlError) -> LocalPool {
+        var waited = 0
+        while true {
+            do throws(ControlError) {
+                return try LocalPool(
+                    directory, purpose: .change, options: options.pool, allowRing: allowRing)
+            } catch {
+                guard error.kind == .busy else { throw error }
+                if try RemotePool.connect(directory) != nil {
+                    throw ControlError(
+                        .busy,
+                        "\(directory.path) is being served already"
+                            + (LockHolder.of(directory.metadataPath).map { " by process \($0)" }
+                                ?? "") + ": stop that server first")
+                }
+                guard waited < patience else { throw PoolAccess.busy(directory, error) }
+            }
+            sleepMilliseconds(pause)
+            waited += Int(pause)
+        }
+    }
+
+    /// Settings of the process. Returns whether io_uring may be used.
+    private static func prepare(_ options: ServeOptions, _ logger: Logger) throws(ControlError)
+        -> Bool
+    {
+        logger.info("wafer \(waferVersion)")
+        ProcessSettings.raiseFileLimit()
+        do throws(DeviceError) {
+            try ProcessSettings.setIOFlusher()
+            logger.info("marked as an I/O flusher: may serve the machine it runs on")
+        } catch {
+            logger.info("not marked as an I/O flusher: \(error.reason)")
+        }
+        if mayLockMemory {
+            do throws(DeviceError) {
+                try ProcessSettings.lockMemory()
+                logger.info("memory is locked")
+            } catch {
+                logger.info("memory is not locked: \(error.reason)")
+            }
+        } else {
+            logger.info("memory is not locked: not root, and RLIMIT_MEMLOCK is not unlimited")
+        }
+        do throws(DeviceError) {
+            let (queue, reason) = try makeIOQueue(entries: 8, allowRing: options.io != .poll)
+            let name = queue.name
+            if options.io == .uring, let reason {
+                throw DeviceError(
+                    operation: "use", path: "io_uring", code: 0,
+                    reason: "\(reason); --io auto does without")
+            }
+            logger.info("I/O engine: \(name)\(reason.map { " (\($0))" } ?? "")")
+        } catch { throw ControlError(error) }
+        return options.io != .poll
+    }
+
+    /// Locked memory that runs into a limit later would be worse than none.
+    private static var mayLockMemory: Bool {
+        var limit = rlimit()
+        guard getrlimit(__rlimit_resource_t(RLIMIT_MEMLOCK.rawValue), &limit) == 0 else {
+            return false
+        }
+        return geteuid() == 0 || limit.rlim_cur == rlim_t.max
+    }
+
+    private func describe(_ local: LocalPool) {
+        for (name, device) in [("metadata", local.metadata), ("data", local.data)] {
+            let mode =
+                device.isDirect
+                ? "direct I/O" : "buffered I/O (\(device.directRefusal ?? "not asked for"))"
+            logger.info("\(name): \(device.path), \(ByteSize(bytes: device.size)), \(mode)")
+        }
+        let status = local.pool.status()
+        logger.info(
+            "pool \(local.directory.path): \(status.volumes) volumes, "
+                + "\(ByteSize(bytes: status.dataBlocksUsed * status.blockSize)) used of "
+                + "\(ByteSize(bytes: status.dataBlocks * status.blockSize))")
+        if let reason = status.reason { logger.warning("the pool is read-only: \(reason)") }
+        for problem in status.problems { logger.warning("\(problem)") }
+    }
+}
+
+public let waferVersion = "0.1.0"

@@ -1,0 +1,53 @@
+// What the engine asks of the data device, and what the server asks of the engine.
+
+import Glibc
+
+/// The data device of one reactor. A call only queues; its completion comes back through
+/// `VolumeIO.complete(tag:result:)` with the bytes transferred, or -errno. Memory, vectors
+/// included, stays valid until then. Offsets and lengths are bytes, multiples of 512.
+public protocol DataIO: AnyObject {
+    func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64)
+    /// `durable`: on stable storage when it completes (FUA).
+    func write(
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64)
+    func flush(tag: UInt64)
+    /// The range reads as zeroes afterwards and stays allocated. Completes with 0.
+    func zero(at offset: UInt64, length: UInt64, tag: UInt64)
+}
+
+@frozen public enum VolumeOperation: UInt8, Sendable, BitwiseCopyable {
+    case read, write, flush, trim, writeZeroes, cache
+}
+
+/// A request that the server has validated: inside the volume, aligned to 512 bytes, allowed.
+public struct VolumeRequest {
+    public var operation: VolumeOperation
+    public var volume: Volume
+    /// Bytes.
+    public var offset: UInt64
+    /// Bytes; at most 4 GiB.
+    public var length: UInt64
+    /// Read: filled; write: the source. Aligned to 512, valid until the request is finished.
+    public var buffer: UnsafeMutableRawPointer?
+    /// Durable before it is finished.
+    public var fua: Bool
+    /// Write zeroes: provision, so that later writes cannot run out of space.
+    public var noHole: Bool
+    /// The caller's; comes back from `takeFinished`.
+    public var cookie: UInt64
+
+    public init(
+        operation: VolumeOperation, volume: Volume, offset: UInt64, length: UInt64,
+        buffer: UnsafeMutableRawPointer? = nil, fua: Bool = false, noHole: Bool = false,
+        cookie: UInt64
+    ) {
+        self.operation = operation
+        self.volume = volume
+        self.offset = offset
+        self.length = length
+        self.buffer = buffer
+        self.fua = fua
+        self.noHole = noHole
+        self.cookie = cookie
+    }
+}

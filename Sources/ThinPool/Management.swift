@@ -1,0 +1,353 @@
+// Changes of the catalogue: creating, snapshotting, deleting, adopting volumes. Each is asked for
+// from any thread, done by the worker one after the other, and told durable or failed.
+//
+//     asked ──> prepared (checked, blocks reserved) ──> new catalogue written to the data device
+//          ──> [origin held, writes in flight awaited] ──> applied with the new catalogue's
+//              mappings in one transaction ──> committed ──> told
+
+import Glibc
+import ThinMetadata
+
+public enum VolumeChange: Sendable, Equatable {
+    case create(name: String, size: UInt64)
+    case snapshot(origin: String, name: String)
+    case delete(name: String)
+    /// Gives a thin device that another program made a name and a size.
+    case adopt(id: UInt32, name: String, size: UInt64)
+    /// A deletion has ended: its entry goes.
+    case forget(UInt32)
+}
+
+struct CatalogueChange {
+    let change: VolumeChange
+    /// Called under the lock: must not take it.
+    let completion: ((PoolError?) -> Void)?
+}
+
+/// A change whose catalogue is being written.
+struct PreparedChange {
+    let change: CatalogueChange
+    let catalogue: Catalogue
+    let bytes: UnsafeMutableRawBufferPointer
+    let blocks: [DataBlock]
+    /// The device that the change makes or removes.
+    let device: ThinDeviceID
+    /// A small or mostly shared device goes with the change itself, not in the background.
+    var deletesAtOnce = false
+}
+
+extension Pool {
+    /// Mappings up to which a device is deleted in one go.
+    private static let smallDeletion: UInt64 = 4096
+
+    /// Asks for a change. `completion` is called once, on any thread and under the pool's lock:
+    /// with nil when the change is durable.
+    public func request(
+        _ change: VolumeChange, completion: @escaping @Sendable (PoolError?) -> Void
+    ) {
+        lock.withLock { enqueue(change, completion: completion) }
+    }
+
+    func enqueue(_ change: VolumeChange, completion: ((PoolError?) -> Void)?) {
+        if let failure {
+            completion?(failure)
+            return
+        }
+        worker.changes.append(CatalogueChange(change: change, completion: completion))
+        lock.signal()
+    }
+
+    // MARK: - Steps of a change
+
+    /// Prepares the oldest change; nil: it is over already (refused, or it waits for space).
+    func prepareNext() -> [WorkerIO]? {
+        let change = worker.changes.removeFirst()
+        do throws(PoolError) {
+            let prepared = try prepare(change)
+            worker.current = prepared
+            let size = Int(blockSize)
+            return prepared.blocks.enumerated().map { index, block in
+                .writeData(
+                    at: block.rawValue * blockSize,
+                    from: UnsafeRawBufferPointer(
+                        rebasing: prepared.bytes[(index * size)..<((index + 1) * size)]))
+            }
+        } catch {
+            if case .delete(let name) = change.change {
+                volumesByName[name]?.isBeingDeleted = false
+            }
+            change.completion?(error)
+            return nil
+        }
+    }
+
+    private func prepare(_ change: CatalogueChange) throws(PoolError) -> PreparedChange {
+        if let readOnlyReason {
+            throw PoolError(.readOnly, "the pool cannot be changed: \(readOnlyReason)")
+        }
+        var next = catalogue
+        var device = CatalogueLayout.device
+        var deletesAtOnce = false
+        switch change.change {
+        case .create(let name, let size):
+            try checkNew(name, size: size)
+            device = try freeDevice()
+            next.volumes.append(
+                .init(id: device.rawValue, name: name, size: size, created: Self.now()))
+        case .snapshot(let origin, let name):
+            let source = try existing(origin)
+            try checkNew(name, size: source.size)
+            device = try freeDevice()
+            next.volumes.append(
+                .init(
+                    id: device.rawValue, name: name, size: source.size, origin: origin,
+                    created: Self.now()))
+        case .adopt(let id, let name, let size):
+            try checkNew(name, size: size)
+            device = ThinDeviceID(id)
+            try checkAdoptable(id, size: size)
+            next.volumes.append(.init(id: id, name: name, size: size, created: Self.now()))
+        case .delete(let name):
+            let volume = try existing(name)
+            guard volume.users == 0 else {
+                throw PoolError(
+                    .inUse,
+                    "volume \"\(name)\" is in use by \(volume.users) connection"
+                        + "\(volume.users == 1 ? "" : "s"): detach it first")
+            }
+            volume.isBeingDeleted = true
+            device = volume.id
+            next.volumes.removeAll { $0.name == name }
+            do throws(MetadataError) {
+                let mapped = try metadata.details(device)?.mappedBlocks ?? 0
+                deletesAtOnce = mapped <= Self.smallDeletion
+            } catch { throw PoolError(error) }
+            if !deletesAtOnce { next.deleting.append(device.rawValue) }
+        case .forget(let id):
+            next.deleting.removeAll { $0 == id }
+        }
+        let encoded = try next.encoded(blockSize: blockSize)
+        let blocks = try takeCatalogueBlocks(UInt64(encoded.count) / blockSize)
+        let bytes = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: encoded.count, alignment: 4096)
+        bytes.copyBytes(from: encoded)
+        return PreparedChange(
+            change: change, catalogue: next, bytes: bytes, blocks: blocks, device: device,
+            deletesAtOnce: deletesAtOnce)
+    }
+
+    /// The new catalogue is on the data device (the commit flushes it), or is not.
+    func catalogueWritten(_ error: String?) {
+        let prepared = worker.current!
+        if let error {
+            finishCurrent(
+                PoolError(.device, "the catalogue cannot be written to \(dataDevice.path): \(error)"))
+            return
+        }
+        guard case .snapshot(let origin, _) = prepared.change.change,
+            let volume = volumesByName[origin]
+        else {
+            apply()
+            return
+        }
+        // Writes that were sent before are in the snapshot, those that come later are not.
+        volume.hold()
+        addDrain(epochs.retire(), .quiesced)
+        processDrains()
+    }
+
+    /// Makes the change and maps the new catalogue, in the open transaction.
+    func apply() {
+        let prepared = worker.current!
+        var held: Volume?
+        if case .snapshot(let origin, _) = prepared.change.change { held = volumesByName[origin] }
+        defer {
+            if let held {
+                held.release(snapshottedTime: held.pendingTime ?? held.snapshottedTime)
+                held.pendingTime = nil
+                resume(&held.heldSteps)
+            }
+        }
+        do throws(MetadataError) {
+            try applyChange(prepared)
+        } catch {
+            switch error {
+            case .outOfMetadataSpace, .tooManySnapshots, .deviceExists, .noSuchDevice:
+                finishCurrent(PoolError(error))
+            default:
+                // The open transaction may hold half of the change.
+                let failure = PoolError(error)
+                finishCurrent(failure)
+                fail(failure)
+            }
+            return
+        }
+        do throws(MetadataError) {
+            try mapCatalogue(prepared)
+        } catch {
+            // The change itself is made: it must not be committed without its catalogue.
+            let failure = PoolError(error)
+            finishCurrent(failure)
+            fail(failure)
+            return
+        }
+        catalogue = prepared.catalogue
+        worker.current = nil
+        prepared.bytes.deallocate()
+        publish(prepared)
+        refillSpareBlocks()
+        endOperation()
+        waitForCommit(.completion { prepared.change.completion?($0) })
+    }
+
+    private func applyChange(_ prepared: PreparedChange) throws(MetadataError) {
+        guard metadata.metadataBlocksFree > metadata.metadataReserve + 64 || isGivingBack(prepared)
+        else { throw .outOfMetadataSpace }
+        switch prepared.change.change {
+        case .create:
+            try metadata.createThin(prepared.device)
+        case .snapshot(let origin, _):
+            let volume = volumesByName[origin]!
+            try metadata.createSnapshot(prepared.device, of: volume.id)
+            volume.pendingTime = metadata.time
+        case .delete:
+            if prepared.deletesAtOnce { try metadata.deleteDevice(prepared.device) }
+        case .adopt, .forget:
+            break
+        }
+    }
+
+    private func isGivingBack(_ prepared: PreparedChange) -> Bool {
+        switch prepared.change.change {
+        case .delete, .forget: true
+        default: false
+        }
+    }
+
+    private func mapCatalogue(_ prepared: PreparedChange) throws(MetadataError) {
+        if !hasCatalogue {
+            try metadata.createThin(CatalogueLayout.device)
+            hasCatalogue = true
+        }
+        for (index, block) in prepared.blocks.enumerated() {
+            _ = try metadata.insert(
+                CatalogueLayout.device, VirtualBlock(UInt64(index)), block, usingReserve: true)
+            reservations -= 1
+        }
+        let count = UInt64(prepared.blocks.count)
+        if catalogueBlocks > count {
+            _ = try metadata.remove(
+                CatalogueLayout.device, count..<catalogueBlocks, limit: Int.max) { _, _ in }
+        }
+        catalogueBlocks = count
+    }
+
+    /// The volumes follow the change.
+    private func publish(_ prepared: PreparedChange) {
+        switch prepared.change.change {
+        case .create, .snapshot, .adopt:
+            if let entry = prepared.catalogue.volumes.last { addVolume(entry) }
+        case .delete(let name):
+            if let volume = volumesByName.removeValue(forKey: name) {
+                volumesByID[volume.id] = nil
+                var addresses: [UInt] = []
+                tablePagesUsed -= volume.table.pages
+                volume.table.removeAll { addresses.append($0) }
+                retirePages(addresses)
+            }
+        case .forget(let id):
+            forgotten.remove(id)
+        }
+    }
+
+    /// The change did not happen.
+    private func finishCurrent(_ error: PoolError) {
+        let prepared = worker.current!
+        worker.current = nil
+        for block in prepared.blocks { giveBack(block) }
+        refillSpareBlocks()
+        prepared.bytes.deallocate()
+        if case .delete(let name) = prepared.change.change {
+            volumesByName[name]?.isBeingDeleted = false
+        }
+        prepared.change.completion?(error)
+    }
+
+    // MARK: - Checks
+
+    private func checkNew(_ name: String, size: UInt64) throws(PoolError) {
+        if let problem = VolumeRules.nameProblem(name) { throw PoolError(.invalidName, problem) }
+        if let problem = VolumeRules.sizeProblem(size) { throw PoolError(.invalidSize, problem) }
+        if catalogue.entry(named: name) != nil {
+            throw PoolError(.exists, "volume \"\(name)\" exists: choose another name")
+        }
+    }
+
+    private func existing(_ name: String) throws(PoolError) -> Volume {
+        guard let volume = volumesByName[name] else {
+            throw PoolError(.noSuchVolume, "there is no volume \"\(name)\": see \"wafer volume list\"")
+        }
+        return volume
+    }
+
+    private func checkAdoptable(_ id: UInt32, size: UInt64) throws(PoolError) {
+        do throws(MetadataError) {
+            guard ThinDeviceID(id) < CatalogueLayout.device,
+                try metadata.details(ThinDeviceID(id)) != nil
+            else {
+                throw MetadataError.noSuchDevice(ThinDeviceID(id))
+            }
+        } catch { throw PoolError(.noSuchVolume, "the pool has no thin device \(id) to adopt") }
+        if catalogue.volumes.contains(where: { $0.id == id }) || catalogue.deleting.contains(id) {
+            throw PoolError(.exists, "thin device \(id) has a name already")
+        }
+    }
+
+    private func freeDevice() throws(PoolError) -> ThinDeviceID {
+        var used: Set<UInt32>
+        do throws(MetadataError) {
+            used = Set(try metadata.deviceIDs().map(\.rawValue))
+        } catch { throw PoolError(error) }
+        used.formUnion(catalogue.deleting)
+        guard let id = (1..<CatalogueLayout.device.rawValue).first(where: { !used.contains($0) })
+        else {
+            throw PoolError(.tooManyVolumes, "the pool has as many thin devices as it can: delete some")
+        }
+        return ThinDeviceID(id)
+    }
+
+    // MARK: - Blocks for the catalogue
+
+    private func takeCatalogueBlocks(_ count: UInt64) throws(PoolError) -> [DataBlock] {
+        var blocks: [DataBlock] = []
+        while UInt64(blocks.count) < count {
+            if let spare = spareBlocks.popLast() {
+                blocks.append(spare)
+            } else if case .success(.some(let block)) = allocate() {
+                blocks.append(block)
+            } else {
+                for block in blocks { giveBack(block) }
+                refillSpareBlocks()
+                throw PoolError(
+                    .outOfSpace,
+                    "the pool has no free data block for its catalogue: discard something "
+                        + "(fstrim) or grow \(dataDevice.path)")
+            }
+        }
+        return blocks
+    }
+
+    /// Keeps back what the next change of the catalogue needs.
+    func refillSpareBlocks() {
+        guard !isReadOnly, failure == nil else { return }
+        while spareBlocks.count < Int(catalogueBlocks) + 1 {
+            guard metadata.dataBlocksAvailable > 0,
+                let block = try? metadata.allocateDataBlock()
+            else { return }
+            reservations += 1
+            spareBlocks.append(block)
+        }
+    }
+
+    private static func now() -> UInt64 { UInt64(time(nil)) }
+}

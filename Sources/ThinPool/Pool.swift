@@ -1,0 +1,441 @@
+// A thin pool: its metadata, its volumes, and who waits for what. Everything here is under the
+// pool's lock unless it says otherwise.
+//
+// 1. A transaction is numbered by `openSequence`; what it changes is durable once
+//    `durableSequence` has reached that number.
+// 2. A data block that the map gives up goes: commit durable -> its epoch drained -> (passed down,
+//    if it was discarded) -> allocatable. No step is ever left out.
+// 3. After a failure nothing is committed any more, no write succeeds, and the state that reads see
+//    is the last committed one.
+// 4. Some blocks are kept back for the catalogue, so that a volume can be deleted from a full pool.
+
+import BlockIO
+import Glibc
+import Synchronization
+import ThinMetadata
+
+public struct PoolOptions: Sendable {
+    /// Nanoseconds between a change of the map and its commit, when nobody asks for one.
+    public var commitInterval: UInt64 = 1_000_000_000
+    /// 4 KiB blocks of metadata kept in memory.
+    public var cacheBlocks = 16_384
+    /// Pages of the volumes' mapping tables, 4 KiB each.
+    public var tablePages = 65_536
+    /// Give discarded blocks back to the data device.
+    public var passDiscardsDown = true
+    public var readOnly = false
+    public init() {}
+}
+
+public final class Pool: @unchecked Sendable {
+    /// Blocks up to this size are copied and filled in one piece.
+    let copyPiece: Int
+    private static let largestPiece = 1 << 20
+
+    let lock = PoolLock()
+    let epochs = Epochs()
+    let options: PoolOptions
+    let metadataDevice: any BlockDevice
+    let dataDevice: any BlockDevice
+    /// Bytes.
+    public let blockSize: UInt64
+    /// `copyPiece` bytes of zeroes, for whoever writes them.
+    let zeroes: UnsafeMutableRawPointer
+
+    var metadata: ThinMetadata
+    var failure: PoolError?
+    /// Why nothing may be changed, if so: asked for, or the metadata needs a check.
+    var readOnlyReason: String?
+    var isReadOnly: Bool { readOnlyReason != nil }
+
+    // Volumes
+    var catalogue = Catalogue()
+    var hasCatalogue = false
+    var catalogueBlocks: UInt64 = 0
+    var volumesByName: [String: Volume] = [:]
+    var volumesByID: [ThinDeviceID: Volume] = [:]
+    var pagesHand = 0
+
+    // Engines and what they wait for
+    /// Kept alive by their reactors, until they close.
+    var engines: [Unmanaged<VolumeIO>?] = []
+    var cells: [CellKey: ParkedSteps] = [:]
+    var spaceWaiters = ParkedSteps()
+    /// Blocks allocated and not yet mapped or given back, the spare ones included.
+    var reservations: UInt64 = 0
+    var spareBlocks: [DataBlock] = []
+
+    // Transactions
+    var openSequence: UInt64 = 1
+    let durableSequence = Atomic<UInt64>(0)
+    enum CommitWaiter {
+        case request(engine: Int, request: Int32)
+        case completion((PoolError?) -> Void)
+    }
+    var commitWaiters: [CommitWaiter] = []
+    var commitRequested = false
+
+    // Draining
+    enum Drained {
+        case blocks([DataBlock], discard: Bool)
+        case page(UInt)
+        case quiesced
+    }
+    var drains: [(stamp: UInt64, what: Drained)] = []
+    let drainsPending = Atomic<Bool>(false)
+    /// Blocks that nobody can touch any more and that still have to be passed down.
+    var discards: [DataBlock] = []
+
+    let worker = WorkerState()
+    /// Block 0 as the last commit wrote it.
+    var committedSuperblock: [UInt8]
+    /// Deletions that have ended and whose catalogue entry is about to go.
+    var forgotten = Set<UInt32>()
+    /// The pool is closing: deletions go on when it is next opened.
+    var stopsDeleting = false
+    /// What the catalogue says and the metadata does not bear out: for people to see.
+    var problems: [String] = []
+
+    /// Opens a pool.
+    ///
+    /// - Throws: `PoolError` if a device is no pool, is too short, or its contents are damaged.
+    public init(
+        metadata metadataDevice: any BlockDevice, data dataDevice: any BlockDevice,
+        options: PoolOptions = PoolOptions()
+    ) throws(PoolError) {
+        self.metadataDevice = metadataDevice
+        self.dataDevice = dataDevice
+        self.options = options
+        do { metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks) } catch {
+            throw PoolError(error)
+        }
+        do { committedSuperblock = try Self.readSuperblock(metadataDevice) } catch {
+            throw PoolError(error)
+        }
+        blockSize = UInt64(metadata.dataBlockSectors) * Layout.sectorSize
+        copyPiece = Int(min(blockSize, UInt64(Self.largestPiece)))
+        zeroes = aligned_alloc(4096, copyPiece)!
+        memset(zeroes, 0, copyPiece)
+
+        guard dataDevice.size / blockSize >= metadata.dataBlocks else {
+            throw PoolError(
+                .device,
+                "\(dataDevice.path) has \(dataDevice.size) bytes, but the pool needs "
+                    + "\(metadata.dataBlocks * blockSize): give the device that belongs to "
+                    + "\(metadataDevice.path)")
+        }
+        if options.readOnly {
+            readOnlyReason = "the pool is opened read-only"
+        } else if metadata.needsCheck {
+            readOnlyReason = "its metadata needs a check: run \"wafer pool check\""
+        }
+        try loadCatalogue()
+        if !isReadOnly {
+            try growToDevices()
+            refillSpareBlocks()
+        }
+    }
+
+    deinit {
+        free(zeroes)
+        for case (_, .page(let address)) in drains {
+            free(UnsafeMutableRawPointer(bitPattern: address))
+        }
+    }
+
+    private static func readSuperblock(_ device: any BlockDevice) throws(DeviceError) -> [UInt8] {
+        let block = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: Layout.blockSize, alignment: Layout.blockSize)
+        defer { block.deallocate() }
+        try device.read(at: 0, into: block)
+        return [UInt8](block)
+    }
+
+    /// The devices may have grown since the pool was last open: use what they have.
+    private func growToDevices() throws(PoolError) {
+        do {
+            let blocks = min(dataDevice.size / blockSize, Mapping.maxBlock)
+            if metadataDevice.size / UInt64(Layout.blockSize) > metadata.metadataBlocks {
+                try metadata.growMetadata()
+            }
+            if blocks > metadata.dataBlocks { try metadata.growData(to: blocks) }
+        } catch { throw PoolError(error) }
+    }
+
+    // MARK: - The map, for the engines
+
+    /// A virtual block's mapping, by the table, or by the metadata, which then fills the page.
+    func mapping(of volume: Volume, _ block: UInt64) -> Answer<Mapping?> {
+        switch volume.table.lookup(block) {
+        case .mapped(let mapping): return .success(mapping)
+        case .unmapped: return .success(nil)
+        case .unknown: break
+        }
+        if metadataIsLost { return .failure(EIO) }
+        let range = volume.table.pageRange(of: block)
+        do throws(MetadataError) {
+            let before = volume.table.pages
+            try volume.table.load(pageOf: block) { (set) throws(MetadataError) in
+                var next = VirtualBlock(range.lowerBound)
+                let limit = VirtualBlock(range.upperBound)
+                while next < limit {
+                    next = try metadata.visitLeaf(volume.id, from: next, limit: limit, set)
+                }
+            }
+            tablePagesUsed += volume.table.pages - before
+        } catch {
+            // Reading failed; nothing was changed, so this is the request's error alone.
+            lastReadError = error.description
+            return .failure(EIO)
+        }
+        evictTablePages(keeping: volume)
+        switch volume.table.lookup(block) {
+        case .mapped(let mapping): return .success(mapping)
+        default: return .success(nil)
+        }
+    }
+    var tablePagesUsed = 0
+    var lastReadError: String?
+
+    /// Keeps the tables within their bound: pages of the volumes in turn.
+    private func evictTablePages(keeping: Volume) {
+        guard tablePagesUsed > options.tablePages else { return }
+        let names = volumesByID.keys.sorted()
+        var addresses: [UInt] = []
+        let goal = max(64, options.tablePages / 16)
+        for _ in 0..<names.count where addresses.count < goal {
+            pagesHand = (pagesHand + 1) % names.count
+            guard let volume = volumesByID[names[pagesHand]], volume !== keeping || names.count == 1
+            else { continue }
+            volume.table.evict(goal - addresses.count) { addresses.append($0) }
+        }
+        tablePagesUsed -= addresses.count
+        retirePages(addresses)
+    }
+
+    func retirePages(_ addresses: [UInt]) {
+        guard !addresses.isEmpty else { return }
+        let stamp = epochs.retire()
+        for address in addresses { addDrain(stamp, .page(address)) }
+        processDrains()
+    }
+
+    /// The path proves that the block is the volume's alone: from now on it is written in place.
+    func isExclusive(_ volume: Volume, _ block: UInt64, _ mapping: Mapping) -> Bool {
+        guard (try? metadata.isExclusive(volume.id, VirtualBlock(block))) == true else {
+            return false
+        }
+        // Only the table says so; the mapping on disk keeps its time.
+        volume.table.publish(
+            block, Mapping(block: mapping.block, time: volume.snapshottedTime))
+        return true
+    }
+
+    /// A block to fill; nil: wait, one may come with the next commit.
+    func allocate() -> Answer<DataBlock?> {
+        do throws(MetadataError) {
+            if let block = try metadata.allocateDataBlock() {
+                reservations += 1
+                return .success(block)
+            }
+        } catch {
+            lastReadError = error.description
+            return .failure(EIO)
+        }
+        // Freed but not yet allocatable: a commit (and the end of old I/O) gives them back.
+        guard blocksOnTheirWay > 0 else { return .failure(ENOSPC) }
+        requestCommit()
+        return .success(nil)
+    }
+
+    /// Data blocks that nobody maps and that are not yet allocatable.
+    var blocksOnTheirWay: UInt64 {
+        metadata.dataBlocks - metadata.dataBlocksUsed - metadata.dataBlocksAvailable - reservations
+    }
+
+    /// A reserved block is not needed after all.
+    func giveBack(_ block: DataBlock) {
+        // A failed pool has forgotten its reservations.
+        if failure != nil { return }
+        reservations -= 1
+        metadata.releaseReservation(block)
+        resume(&spaceWaiters)
+    }
+
+    enum InsertResult {
+        case done
+        case failed(Int32)
+        case noMetadataSpace
+    }
+
+    func insert(_ volume: Volume, _ block: UInt64, _ target: DataBlock) -> InsertResult {
+        if failure != nil { return .failed(EIO) }
+        do throws(MetadataError) {
+            _ = try metadata.insert(volume.id, VirtualBlock(block), target)
+        } catch {
+            if case .outOfMetadataSpace = error {
+                giveBack(target)
+                return .noMetadataSpace
+            }
+            fail(PoolError(error))
+            return .failed(EIO)
+        }
+        reservations -= 1
+        volume.table.publish(block, Mapping(block: target, time: metadata.time))
+        markChanged(volume)
+        return .done
+    }
+
+    /// - Returns: where to go on, nil when the range is done.
+    func unmap(_ volume: Volume, _ range: Range<UInt64>, limit: Int)
+        -> Answer<UInt64?>
+    {
+        do throws(MetadataError) {
+            var removed = false
+            let next = try metadata.remove(volume.id, range, limit: limit) { block, _ in
+                removed = true
+                volume.table.publish(block.rawValue, nil)
+            }
+            if removed { markChanged(volume) }
+            return .success(next?.rawValue)
+        } catch {
+            if case .outOfMetadataSpace = error {
+                requestCommit()
+                return .failure(ENOSPC)
+            }
+            fail(PoolError(error))
+            return .failure(EIO)
+        }
+    }
+
+    private func markChanged(_ volume: Volume) {
+        volume.changedIn.store(openSequence, ordering: .releasing)
+        if worker.isIdle { lock.signal() }
+    }
+
+    /// After every batch of operations: bounds that are kept between operations, not inside.
+    func endOperation() {
+        metadata.trimCache()
+        if metadata.dirtyBlocks > options.cacheBlocks / 2 { requestCommit() }
+    }
+
+    // MARK: - Commits
+
+    func requestCommit() {
+        commitRequested = true
+        lock.signal()
+    }
+
+    func waitForCommit(_ waiter: CommitWaiter) {
+        commitWaiters.append(waiter)
+        requestCommit()
+    }
+
+    func tell(_ waiters: [CommitWaiter], _ error: PoolError?) {
+        for waiter in waiters {
+            switch waiter {
+            case .request(let engine, let request):
+                self.engine(engine).post(.finish(request, error: error == nil ? 0 : EIO))
+            case .completion(let completion):
+                completion(error)
+            }
+        }
+    }
+
+    // MARK: - Draining
+
+    func addDrain(_ stamp: UInt64, _ what: Drained) {
+        drains.append((stamp, what))
+        drainsPending.store(true, ordering: .sequentiallyConsistent)
+    }
+
+    /// Does what waited for I/O that has ended by now.
+    func processDrains() {
+        guard !drains.isEmpty else { return }
+        var done = 0
+        var resumesSpace = false
+        while done < drains.count, epochs.hasDrained(drains[done].stamp) {
+            switch drains[done].what {
+            case .blocks(let blocks, let discard):
+                if discard && options.passDiscardsDown && !worker.discardRefused
+                    && failure == nil
+                {
+                    discards.append(contentsOf: blocks)
+                    lock.signal()
+                } else {
+                    metadata.makeAvailable(blocks)
+                    resumesSpace = true
+                }
+            case .page(let address):
+                free(UnsafeMutableRawPointer(bitPattern: address))
+            case .quiesced:
+                worker.isQuiesced = true
+                lock.signal()
+            }
+            done += 1
+        }
+        drains.removeFirst(done)
+        if drains.isEmpty { drainsPending.store(false, ordering: .sequentiallyConsistent) }
+        if resumesSpace {
+            refillSpareBlocks()
+            resume(&spaceWaiters)
+        }
+    }
+
+    // MARK: - Failure
+
+    /// The pool can keep no promise any more: refuses changes, answers whoever waits, and rolls
+    /// back to the last committed state as soon as no metadata write is in flight.
+    func fail(_ error: PoolError) {
+        guard failure == nil else { return }
+        failure = error
+        for volume in volumesByID.values { volume.closeGate() }
+        // Blocks on their way belong to the transaction that is gone.
+        drains.removeAll { if case .blocks = $0.what { return true } else { return false } }
+        discards = []
+        spareBlocks = []
+        reservations = 0
+        let waiters = commitWaiters + worker.takeWaiters()
+        commitWaiters = []
+        tell(waiters, error)
+        for volume in volumesByID.values { resume(&volume.heldSteps) }
+        resume(&spaceWaiters)
+        onFailure?(error)
+        if !worker.hasIOInFlight { rollBack() }
+        lock.signal()
+    }
+
+    /// Reads see the last committed state again, and the metadata is marked as needing a check.
+    func rollBack() {
+        for volume in volumesByID.values {
+            var addresses: [UInt] = []
+            volume.table.removeAll { addresses.append($0) }
+            tablePagesUsed -= addresses.count
+            retirePages(addresses)
+        }
+        do throws(MetadataError) {
+            try ThinMetadata.setNeedsCheck(metadataDevice, true)
+            metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks)
+        } catch {
+            metadataIsLost = true
+        }
+    }
+    /// The metadata could not be read again after a failure: reads fail too.
+    private(set) var metadataIsLost = false
+    /// Called once, under the lock, when the pool fails: for the log.
+    public var onFailure: (@Sendable (PoolError) -> Void)?
+
+    func engine(_ index: Int) -> VolumeIO { engines[index]!.takeUnretainedValue() }
+
+    func engineSlot() -> Int {
+        if let free = engines.firstIndex(where: { $0 == nil }) { return free }
+        engines.append(nil)
+        return engines.count - 1
+    }
+}
+
+/// What the engine asked for, or the errno that goes to the client: EIO, ENOSPC or EPERM.
+enum Answer<Value> {
+    case success(Value)
+    case failure(Int32)
+}

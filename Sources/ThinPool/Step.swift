@@ -1,0 +1,96 @@
+// The slots of the engine: requests as the client sent them, and the steps they break into.
+
+import Glibc
+
+/// A client's request in flight.
+struct Request: BitwiseCopyable {
+    var operation = VolumeOperation.read
+    var fua = false
+    var noHole = false
+    /// It changed bytes by other means than a durable write, so its FUA needs a flush.
+    var needsFlush = false
+    var volume: Unmanaged<Volume>?
+    /// Bytes: what has not been given to a step yet is `cursor..<end`.
+    var offset: UInt64 = 0
+    var cursor: UInt64 = 0
+    var end: UInt64 = 0
+    var buffer: UnsafeMutableRawPointer?
+    var cookie: UInt64 = 0
+    /// Steps outstanding.
+    var pending: Int32 = 0
+    /// First error of a step, as errno.
+    var error: Int32 = 0
+    /// Links requests that wait for one flush.
+    var next: Int32 = -1
+}
+
+enum StepIntent: UInt8, BitwiseCopyable {
+    case read, write
+    /// Zero a part of one block, or (NO_HOLE) provision it with zeroes.
+    case zero
+    /// Unmap a range of whole blocks.
+    case unmap
+}
+
+/// Where a step is. `asks` is the only phase in which the pool's lock is needed.
+///
+///     asks ──> transfer ──> done            mapped, not shared: in place
+///       │ └──> zeroes ────> done            the same for zeroes
+///       ├────> copyRead ──> copyWrite ─┐    shared: a copy of the old block (pieces, if large)
+///       ├────> clear ──────────────────┤    unmapped, large block: zero it first
+///       └────> fill <──────────────────┘    the block as it will be; then `filled`: the mapping
+///                                           is inserted under the lock, and the step is done
+enum StepPhase: UInt8, BitwiseCopyable {
+    case asks, transfer, zeroes, copyRead, copyWrite, clear, fill, filled
+}
+
+/// A part of a request: a run of mapped blocks, or a part of one block, or a range to unmap.
+struct Step: BitwiseCopyable {
+    var request: Int32 = -1
+    var intent = StepIntent.read
+    var phase = StepPhase.asks
+    var isPinned = false
+    var hasCell = false
+    /// Its I/O failed: the block goes back, no mapping is inserted.
+    var hasFailed = false
+    /// The old block's contents are needed around the user's bytes.
+    var copies = false
+    var pin: UInt16 = 0
+
+    var virtualBlock: UInt64 = 0
+    /// Unmap: the end of the range, in blocks.
+    var blockLimit: UInt64 = 0
+    /// The user's bytes: where they start inside the block, how many, and where in memory.
+    var start = 0
+    var length = 0
+    var memory: UnsafeMutableRawPointer?
+
+    /// Byte offsets on the data device.
+    var newBlock: UInt64 = 0
+    var oldBlock: UInt64 = 0
+    /// Copy of a large block: bytes done so far.
+    var copied = 0
+    var bounce: UnsafeMutableRawPointer?
+
+    /// The I/O in flight: where it goes on, and what is left of it.
+    var position: UInt64 = 0
+    var remaining = 0
+    var vectors = (iovec(), iovec(), iovec())
+    var vectorCount: Int32 = 0
+
+    /// It has already waited for a commit to give metadata space back.
+    var hasWaited = false
+    /// Links parked steps.
+    var next: UInt64 = 0
+}
+
+/// A step of some reactor's engine: 0 is nobody.
+struct StepReference {
+    var rawValue: UInt64
+    init(rawValue: UInt64) { self.rawValue = rawValue }
+    init(engine: Int, step: Int32) {
+        rawValue = UInt64(engine + 1) << 32 | UInt64(UInt32(bitPattern: step))
+    }
+    var engine: Int { Int(rawValue >> 32) - 1 }
+    var step: Int32 { Int32(truncatingIfNeeded: rawValue) }
+}

@@ -1,0 +1,86 @@
+// One volume as the reactors see it.
+
+import Synchronization
+import ThinMetadata
+
+/// A thin device with a name and a size.
+///
+/// What a reactor reads without the lock is atomic: the gate and the mapping table. Everything
+/// else that changes is under the pool's lock.
+public final class Volume: @unchecked Sendable {
+    /// Bytes; a multiple of 512.
+    public static let maxSize: UInt64 = 1 << 53
+    public static let sectorSize: UInt64 = 512
+
+    public let name: String
+    public let size: UInt64
+    public let id: ThinDeviceID
+    public let isReadOnly: Bool
+
+    let table: MappingTable
+
+    /// Low 32 bits: the device's snapshotted_time; a mapping is shared iff its time is below.
+    /// High bits: reasons why no write may go the fast way.
+    private let gate: Atomic<UInt64>
+    static let heldGate: UInt64 = 1 << 63
+    static let closedGate: UInt64 = 1 << 62
+
+    /// The transaction that last changed this volume's map.
+    let changedIn = Atomic<UInt64>(0)
+
+    // Under the pool's lock:
+    /// Connections that have it open.
+    var users = 0
+    /// A deletion has begun: nobody may open it any more.
+    var isBeingDeleted = false
+    /// The snapshot being taken was made at this time; the gate follows when it is released.
+    var pendingTime: UInt32?
+    /// Writes that wait for a snapshot to be taken.
+    var heldSteps = ParkedSteps()
+
+    init?(name: String, size: UInt64, id: ThinDeviceID, blockSize: UInt64,
+        snapshottedTime: UInt32, isReadOnly: Bool)
+    {
+        guard let table = MappingTable(blocks: (size + blockSize - 1) / blockSize) else {
+            return nil
+        }
+        self.name = name
+        self.size = size
+        self.id = id
+        self.isReadOnly = isReadOnly
+        self.table = table
+        gate = Atomic(UInt64(snapshottedTime) | (isReadOnly ? Self.closedGate : 0))
+    }
+
+    /// The time below which a mapping is shared, or nil if writes have to ask the pool first.
+    @inline(__always)
+    var openGate: UInt32? {
+        let word = gate.load(ordering: .acquiring)
+        return word > UInt64(UInt32.max) ? nil : UInt32(truncatingIfNeeded: word)
+    }
+
+    var snapshottedTime: UInt32 {
+        UInt32(truncatingIfNeeded: gate.load(ordering: .relaxed))
+    }
+
+    var isHeld: Bool { gate.load(ordering: .relaxed) & Self.heldGate != 0 }
+
+    /// Holds new writes (they ask the pool, and are parked there). The lock is held.
+    func hold() { gate.bitwiseOr(Self.heldGate, ordering: .sequentiallyConsistent) }
+
+    func release(snapshottedTime: UInt32) {
+        let closed = gate.load(ordering: .relaxed) & Self.closedGate
+        gate.store(UInt64(snapshottedTime) | closed, ordering: .sequentiallyConsistent)
+    }
+
+    /// No write goes the fast way any more: the pool failed.
+    func closeGate() { gate.bitwiseOr(Self.closedGate, ordering: .sequentiallyConsistent) }
+}
+
+/// A list of parked steps, threaded through the steps themselves. Under the pool's lock.
+struct ParkedSteps {
+    /// 0: empty; else `StepReference.rawValue`.
+    var head: UInt64 = 0
+    var tail: UInt64 = 0
+    var isEmpty: Bool { head == 0 }
+}

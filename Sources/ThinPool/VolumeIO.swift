@@ -1,0 +1,579 @@
+// The engine of one reactor: requests in, data-device I/O out, and the pool's lock only where the
+// map changes or is not in the mapping table.
+//
+// A turn: `beginTurn` pins the epoch; `submit` and `complete` do what needs no lock at once and
+// queue the rest; `endTurn` takes the lock once for all that was queued, then unpins.
+//
+// 1. A mapping read from the table is used only under a pin that began before the read.
+// 2. A request is finished only after all of its steps; a FUA request and a flush only after what
+//    they cover is durable.
+// 3. The mapping of a filled block is inserted after its data has been written, never before.
+
+import BlockIO
+import Glibc
+import Synchronization
+import ThinMetadata
+
+public final class VolumeIO: @unchecked Sendable {
+    /// Steps that one request may have outstanding, so that a 4 GiB request needs no more slots.
+    static let window: Int32 = 64
+    /// A run of adjacent blocks becomes one I/O of at most this many bytes.
+    static let maxRun: UInt64 = 4 << 20
+    /// Copies of blocks in flight that need a buffer.
+    static let maxBounces = 64
+    static let flushTag: UInt64 = 1 << 32
+
+    let pool: Pool
+    let io: any DataIO
+    let wake: @Sendable () -> Void
+    let blockSize: UInt64
+    let blockShift: UInt64?
+    /// Index among the pool's engines, and slot among the epoch's readers.
+    let index: Int
+    let reader: Int
+
+    var requests = SlotTable(Request())
+    var steps = SlotTable(Step())
+    private var finished: [(cookie: UInt64, error: Int32)] = []
+    public private(set) var inFlight = 0
+
+    private var pins = EpochPins()
+    private var turnEpoch: UInt64 = 0
+    private var inTurn = false
+
+    /// Steps that need the lock; steps whose block is filled; steps that have I/O to issue.
+    var asking = IndexQueue()
+    /// Unmaps that go on in the next turn, so that everybody else gets one in between.
+    var askingAgain = IndexQueue()
+    var filled = IndexQueue()
+    var ready = IndexQueue()
+    /// Requests that need a commit, and those that need a flush of the data device.
+    private var committing = IndexQueue()
+    private var flushNext = IndexQueue()
+    private var flushing = IndexQueue()
+    private var flushInFlight = false
+
+    private var bounces: [UnsafeMutableRawPointer] = []
+    private var bouncesMade = 0
+    private var waitingForBounce = IndexQueue()
+
+    /// What other threads have for this reactor. Under the pool's lock.
+    enum Message {
+        case resume(Int32)
+        case finish(Int32, error: Int32)
+    }
+    var inbox: [Message] = []
+    private let hasMail = Atomic<Bool>(false)
+
+    public init(pool: Pool, io: any DataIO, wake: @escaping @Sendable () -> Void) {
+        self.pool = pool
+        self.io = io
+        self.wake = wake
+        blockSize = pool.blockSize
+        blockShift =
+            pool.blockSize.nonzeroBitCount == 1
+            ? UInt64(pool.blockSize.trailingZeroBitCount) : nil
+        pool.lock.lock()
+        reader = pool.epochs.register()
+        index = pool.engineSlot()
+        pool.lock.unlock()
+        finished.reserveCapacity(1024)
+        pool.lock.withLock { pool.engines[index] = .passUnretained(self) }
+    }
+
+    /// - Precondition: nothing is in flight.
+    public func close() {
+        precondition(inFlight == 0, "a reactor closed its engine with requests in flight")
+        pool.lock.withLock {
+            pool.epochs.unregister(reader)
+            pool.engines[index] = nil
+            pool.processDrains()
+        }
+        for bounce in bounces { free(bounce) }
+        bounces = []
+    }
+
+    // MARK: - A turn
+
+    public func beginTurn() {
+        turnEpoch = pool.epochs.now
+        pool.epochs.publish(reader, min(turnEpoch, pins.oldest))
+        inTurn = true
+        while let step = askingAgain.popFirst() { asking.append(step) }
+    }
+
+    public func submit(_ request: VolumeRequest) {
+        precondition(inTurn)
+        inFlight += 1
+        let index = requests.take()
+        let slot = requests[index]
+        slot.pointee = Request(
+            operation: request.operation, fua: request.fua, noHole: request.noHole,
+            volume: Unmanaged.passUnretained(request.volume), offset: request.offset,
+            cursor: request.offset, end: request.offset + request.length,
+            buffer: request.buffer, cookie: request.cookie)
+        switch request.operation {
+        case .read, .write, .writeZeroes:
+            advance(index)
+        case .trim:
+            trim(index)
+        case .flush:
+            slot.pointee.cursor = slot.pointee.end
+            makeDurable(index)
+        case .cache:
+            finish(index)
+        }
+    }
+
+    public func endTurn() {
+        precondition(inTurn)
+        while true {
+            if hasMail.load(ordering: .acquiring) || !asking.isEmpty || !filled.isEmpty
+                || !committing.isEmpty
+            {
+                underLock()
+            }
+            while let step = ready.popFirst() { issue(step) }
+            if asking.isEmpty && filled.isEmpty && committing.isEmpty { break }
+        }
+        if !flushInFlight, !flushNext.isEmpty {
+            while let request = flushNext.popFirst() { flushing.append(request) }
+            flushInFlight = true
+            io.flush(tag: Self.flushTag)
+        }
+        inTurn = false
+        if !askingAgain.isEmpty { wake() }
+        pool.epochs.publish(reader, pins.oldest)
+        // Ordered after the publication: either we see that somebody waits for a pin to go, or he
+        // sees that ours is gone.
+        if pool.drainsPending.load(ordering: .sequentiallyConsistent) {
+            pool.lock.withLock { pool.processDrains() }
+        }
+    }
+
+    public func takeFinished(_ body: (_ cookie: UInt64, _ error: Int32) -> Void) {
+        for entry in finished { body(entry.cookie, entry.error) }
+        finished.removeAll(keepingCapacity: true)
+    }
+
+    private func underLock() {
+        pool.lock.lock()
+        hasMail.store(false, ordering: .relaxed)
+        if !inbox.isEmpty {
+            for message in inbox {
+                switch message {
+                case .resume(let step): asking.append(step)
+                case .finish(let request, let error):
+                    requests[request].pointee.error = error
+                    finish(request)
+                }
+            }
+            inbox.removeAll(keepingCapacity: true)
+        }
+        // Filled blocks first: what waits for them is then resolved in the same turn.
+        while let step = filled.popFirst() { insertFilled(step) }
+        while let step = asking.popFirst() { resolve(step) }
+        while let request = committing.popFirst() { joinCommit(request) }
+        pool.endOperation()
+        pool.lock.unlock()
+    }
+
+    /// Leaves a message for this reactor. The lock is held.
+    func post(_ message: Message) {
+        inbox.append(message)
+        if !hasMail.exchange(true, ordering: .releasing) { wake() }
+    }
+
+    // MARK: - Requests
+
+    @inline(__always)
+    func block(of offset: UInt64) -> UInt64 {
+        if let blockShift { return offset >> blockShift }
+        return offset / blockSize
+    }
+
+    /// Gives out steps until the request's end or its window is reached.
+    func advance(_ index: Int32) {
+        let request = requests[index]
+        switch request.pointee.operation {
+        case .read: advanceRead(index)
+        case .write: advanceWrite(index)
+        default: advanceZeroes(index)
+        }
+        if request.pointee.pending == 0 && request.pointee.cursor == request.pointee.end {
+            makeDurable(index)
+        }
+    }
+
+    private func advanceRead(_ index: Int32) {
+        let request = requests[index]
+        let volume = request.pointee.volume!.takeUnretainedValue()
+        let end = request.pointee.end
+        var cursor = request.pointee.cursor
+        while cursor < end, request.pointee.pending < Self.window {
+            let block = block(of: cursor)
+            var limit = min(end, (block + 1) * blockSize)
+            let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
+            switch volume.table.lookup(block) {
+            case .unmapped:
+                memset(memory, 0, Int(limit - cursor))
+            case .unknown:
+                ask(index, .read, block: block, from: cursor, to: limit, memory: memory)
+            case .mapped(let mapping):
+                var next = mapping.block.rawValue + 1
+                var run = block + 1
+                while limit < end, limit - cursor < Self.maxRun,
+                    case .mapped(let following) = volume.table.lookup(run),
+                    following.block.rawValue == next
+                {
+                    next += 1
+                    run += 1
+                    limit = min(end, run * blockSize)
+                }
+                transfer(
+                    index, .read,
+                    at: mapping.block.rawValue * blockSize + (cursor - block * blockSize),
+                    memory: memory, length: Int(limit - cursor))
+            }
+            cursor = limit
+        }
+        request.pointee.cursor = cursor
+    }
+
+    private func advanceWrite(_ index: Int32) {
+        let request = requests[index]
+        let volume = request.pointee.volume!.takeUnretainedValue()
+        let end = request.pointee.end
+        var cursor = request.pointee.cursor
+        let gate = volume.openGate
+        while cursor < end, request.pointee.pending < Self.window {
+            let block = block(of: cursor)
+            var limit = min(end, (block + 1) * blockSize)
+            let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
+            if let gate, case .mapped(let mapping) = volume.table.lookup(block),
+                mapping.time >= gate
+            {
+                var next = mapping.block.rawValue + 1
+                var run = block + 1
+                while limit < end, limit - cursor < Self.maxRun,
+                    case .mapped(let following) = volume.table.lookup(run),
+                    following.block.rawValue == next, following.time >= gate
+                {
+                    next += 1
+                    run += 1
+                    limit = min(end, run * blockSize)
+                }
+                transfer(
+                    index, .write,
+                    at: mapping.block.rawValue * blockSize + (cursor - block * blockSize),
+                    memory: memory, length: Int(limit - cursor))
+            } else {
+                ask(index, .write, block: block, from: cursor, to: limit, memory: memory)
+            }
+            cursor = limit
+        }
+        request.pointee.cursor = cursor
+    }
+
+    /// Partial blocks are written; whole ones are unmapped, or provisioned where the client wants
+    /// no hole. The volume's last block counts as whole when the request reaches the volume's end.
+    private func advanceZeroes(_ index: Int32) {
+        let request = requests[index]
+        request.pointee.needsFlush = true
+        let volume = request.pointee.volume!.takeUnretainedValue()
+        let end = request.pointee.end
+        while request.pointee.cursor < end, request.pointee.pending < Self.window {
+            let cursor = request.pointee.cursor
+            let block = block(of: cursor)
+            let whole = wholeBlocks(from: cursor, to: end, volumeSize: volume.size)
+            var limit = min(end, (block + 1) * blockSize)
+            if !request.pointee.noHole, let whole, whole.lowerBound == block {
+                limit = min(end, whole.upperBound * blockSize)
+                unmap(index, whole)
+            } else {
+                ask(index, .zero, block: block, from: cursor, to: limit, memory: nil)
+            }
+            request.pointee.cursor = limit
+        }
+    }
+
+    private func trim(_ index: Int32) {
+        let request = requests[index]
+        request.pointee.needsFlush = true
+        request.pointee.cursor = request.pointee.end
+        let volume = request.pointee.volume!.takeUnretainedValue()
+        if let whole = wholeBlocks(
+            from: request.pointee.offset, to: request.pointee.end, volumeSize: volume.size)
+        {
+            unmap(index, whole)
+        } else {
+            makeDurable(index)
+        }
+    }
+
+    /// The blocks that lie entirely in the byte range.
+    private func wholeBlocks(from: UInt64, to: UInt64, volumeSize: UInt64) -> Range<UInt64>? {
+        let first = block(of: from + blockSize - 1)
+        let last = to == volumeSize ? block(of: to + blockSize - 1) : block(of: to)
+        return first < last ? first..<last : nil
+    }
+
+    // MARK: - Steps
+
+    private func newStep(_ request: Int32, _ intent: StepIntent) -> Int32 {
+        let index = steps.take()
+        steps[index].pointee = Step()
+        steps[index].pointee.request = request
+        steps[index].pointee.intent = intent
+        requests[request].pointee.pending += 1
+        return index
+    }
+
+    private func ask(
+        _ request: Int32, _ intent: StepIntent, block: UInt64, from: UInt64, to: UInt64,
+        memory: UnsafeMutableRawPointer?
+    ) {
+        let index = newStep(request, intent)
+        let step = steps[index]
+        step.pointee.virtualBlock = block
+        step.pointee.start = Int(from - block * blockSize)
+        step.pointee.length = Int(to - from)
+        step.pointee.memory = memory
+        asking.append(index)
+    }
+
+    private func unmap(_ request: Int32, _ blocks: Range<UInt64>) {
+        let index = newStep(request, .unmap)
+        steps[index].pointee.virtualBlock = blocks.lowerBound
+        steps[index].pointee.blockLimit = blocks.upperBound
+        asking.append(index)
+    }
+
+    private func transfer(
+        _ request: Int32, _ intent: StepIntent, at position: UInt64,
+        memory: UnsafeMutableRawPointer, length: Int
+    ) {
+        let index = newStep(request, intent)
+        let step = steps[index]
+        step.pointee.phase = .transfer
+        step.pointee.memory = memory
+        step.pointee.length = length
+        step.pointee.position = position
+        step.pointee.remaining = length
+        step.pointee.vectors.0 = iovec(iov_base: memory, iov_len: length)
+        step.pointee.vectorCount = 1
+        pin(step)
+        ready.append(index)
+    }
+
+    func pin(_ step: UnsafeMutablePointer<Step>) {
+        if !step.pointee.isPinned {
+            step.pointee.isPinned = true
+            step.pointee.pin = pins.enter(turnEpoch)
+        }
+    }
+
+    /// Starts, or goes on with, the I/O of a step's phase.
+    func issue(_ index: Int32) {
+        let step = steps[index]
+        let tag = UInt64(UInt32(bitPattern: index))
+        switch step.pointee.phase {
+        case .transfer where step.pointee.intent == .read, .copyRead:
+            io.read(
+                at: step.pointee.position, into: step.pointee.vectors.0.iov_base!,
+                length: step.pointee.remaining, tag: tag)
+        case .transfer, .copyWrite, .fill:
+            let fua =
+                step.pointee.phase == .transfer && requests[step.pointee.request].pointee.fua
+            let vectors =
+                (UnsafeMutableRawPointer(step) + MemoryLayout<Step>.offset(of: \Step.vectors)!)
+                .assumingMemoryBound(to: iovec.self)
+            io.write(
+                at: step.pointee.position, vectors: vectors,
+                count: Int(step.pointee.vectorCount), durable: fua, tag: tag)
+        case .zeroes, .clear:
+            io.zero(
+                at: step.pointee.position, length: UInt64(step.pointee.remaining), tag: tag)
+        case .asks, .filled:
+            preconditionFailure("no I/O belongs to this phase")
+        }
+    }
+
+    public func complete(tag: UInt64, result: Int32) {
+        precondition(inTurn)
+        if tag == Self.flushTag {
+            completeFlush(result)
+            return
+        }
+        let index = Int32(truncatingIfNeeded: tag)
+        let step = steps[index]
+        if result < 0 {
+            // EAGAIN and EINTR did nothing: the same again.
+            if result == -EAGAIN || result == -EINTR { return issue(index) }
+            return fail(index, Self.clientError(-result))
+        }
+        if step.pointee.phase != .zeroes && step.pointee.phase != .clear {
+            // Nothing transferred: the device ends where it should go on.
+            if result == 0 { return fail(index, EIO) }
+            step.pointee.position += UInt64(result)
+            step.pointee.remaining -= Int(result)
+            if step.pointee.remaining > 0 {
+                step.pointee.advanceVectors(Int(result))
+                return issue(index)
+            }
+        }
+        switch step.pointee.phase {
+        case .transfer, .zeroes: end(index)
+        default: continueFill(index)
+        }
+    }
+
+    /// What a device's error becomes for the client.
+    private static func clientError(_ code: Int32) -> Int32 {
+        switch code {
+        case ENOSPC, EDQUOT, EFBIG: return ENOSPC
+        default: return EIO
+        }
+    }
+
+    /// A step failed: its block is not inserted, the request gets the error.
+    func fail(_ index: Int32, _ error: Int32) {
+        let step = steps[index]
+        let request = requests[step.pointee.request]
+        if request.pointee.error == 0 { request.pointee.error = error }
+        // The request gives out no more steps.
+        request.pointee.cursor = request.pointee.end
+        if step.pointee.hasCell {
+            // The cell and the reservation are given back under the lock.
+            step.pointee.phase = .filled
+            step.pointee.hasFailed = true
+            filled.append(index)
+        } else {
+            end(index)
+        }
+    }
+
+    /// The step's I/O is over for now: nothing holds blocks for it any more.
+    func unpin(_ step: UnsafeMutablePointer<Step>) {
+        guard step.pointee.isPinned else { return }
+        step.pointee.isPinned = false
+        pins.leave(step.pointee.pin)
+    }
+
+    /// A step is over.
+    func end(_ index: Int32) {
+        let step = steps[index]
+        let request = step.pointee.request
+        unpin(step)
+        if let bounce = step.pointee.bounce { giveBounce(bounce) }
+        steps.give(index)
+        let slot = requests[request]
+        slot.pointee.pending -= 1
+        if slot.pointee.cursor < slot.pointee.end {
+            advance(request)
+        } else if slot.pointee.pending == 0 {
+            makeDurable(request)
+        }
+    }
+
+    // MARK: - The end of a request
+
+    /// All steps are done: now what a flush or FUA needs, then the reply.
+    private func makeDurable(_ index: Int32) {
+        let request = requests[index]
+        if request.pointee.error != 0 { return finish(index) }
+        let isFlush = request.pointee.operation == .flush
+        guard isFlush || request.pointee.fua, request.pointee.operation != .read else {
+            return finish(index)
+        }
+        let volume = request.pointee.volume!.takeUnretainedValue()
+        if volume.changedIn.load(ordering: .acquiring)
+            > pool.durableSequence.load(ordering: .acquiring) || volume.openGate == nil
+        {
+            committing.append(index)
+        } else if isFlush || request.pointee.needsFlush {
+            flushNext.append(index)
+        } else {
+            finish(index)
+        }
+    }
+
+    /// Under the lock: waits for the commit that will cover the request, if one is still needed.
+    private func joinCommit(_ index: Int32) {
+        let volume = requests[index].pointee.volume!.takeUnretainedValue()
+        if pool.failure != nil {
+            requests[index].pointee.error = EIO
+            finish(index)
+        } else if volume.changedIn.load(ordering: .relaxed)
+            > pool.durableSequence.load(ordering: .relaxed)
+        {
+            pool.waitForCommit(.request(engine: self.index, request: index))
+        } else if requests[index].pointee.operation == .flush
+            || requests[index].pointee.needsFlush
+        {
+            flushNext.append(index)
+        } else {
+            finish(index)
+        }
+    }
+
+    private func completeFlush(_ result: Int32) {
+        flushInFlight = false
+        if result < 0 {
+            // What was not flushed is lost, whoever wrote it: nothing may be promised any more.
+            pool.lock.withLock {
+                pool.fail(
+                    PoolError(
+                        .failed,
+                        "the data device's flush failed: \(String(cString: strerror(-result)))"))
+            }
+        }
+        while let request = flushing.popFirst() {
+            if result < 0 { requests[request].pointee.error = EIO }
+            finish(request)
+        }
+    }
+
+    func finish(_ index: Int32) {
+        let request = requests[index]
+        finished.append((request.pointee.cookie, request.pointee.error))
+        request.pointee.volume = nil
+        requests.give(index)
+        inFlight -= 1
+    }
+
+    // MARK: - Buffers for copies
+
+    /// A buffer for a step that copies; nil: the step waits, and is continued when one is free.
+    func takeBounce(for index: Int32) -> UnsafeMutableRawPointer? {
+        if let bounce = bounces.popLast() { return bounce }
+        if bouncesMade < Self.maxBounces {
+            bouncesMade += 1
+            return aligned_alloc(4096, pool.copyPiece)!
+        }
+        waitingForBounce.append(index)
+        return nil
+    }
+
+    private func giveBounce(_ bounce: UnsafeMutableRawPointer) {
+        bounces.append(bounce)
+        if let next = waitingForBounce.popFirst() { continueFill(next) }
+    }
+}
+
+extension Step {
+    /// Drops `count` transferred bytes from the front of the vectors.
+    mutating func advanceVectors(_ count: Int) {
+        var left = count
+        while left > 0 {
+            if left < vectors.0.iov_len {
+                vectors.0.iov_base += left
+                vectors.0.iov_len -= left
+                return
+            }
+            left -= vectors.0.iov_len
+            vectors = (vectors.1, vectors.2, iovec())
+            vectorCount -= 1
+        }
+    }
+}

@@ -1,0 +1,187 @@
+// wafer serve: in the foreground until SIGTERM or SIGINT.
+//
+// Signals are blocked before the first thread starts and waited for here, so that no handler ever
+// interrupts the data path.
+
+import ArgumentParser
+import Control
+import Glibc
+import Logging
+
+struct ServeCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "serve", abstract: "Serve every volume of a pool as the NBD export of its name.",
+        discussion: """
+            Without --unix and --listen the socket is nbd.sock in the pool's directory. SIGTERM or \
+            SIGINT: answer what was begun, commit, end. The same once more: end at once.
+            """)
+
+    @OptionGroup var pool: PoolArgument
+    @Option(
+        parsing: .singleValue,
+        help: ArgumentHelp("Listen on this Unix socket (repeatable).", valueName: "path"))
+    var unix: [String] = []
+    @Option(
+        parsing: .singleValue,
+        help: ArgumentHelp("Listen on this address (repeatable).", valueName: "host:port"),
+        transform: Address.init(parsing:))
+    var listen: [Address] = []
+    @Option(help: ArgumentHelp("Threads that serve (default: one a CPU, at most 8).", valueName: "n"))
+    var reactors: Int?
+    @Flag(help: "Change nothing, neither volumes nor metadata.")
+    var readOnly = false
+    @Option(help: ArgumentHelp("Keep the process id in this file.", valueName: "path"))
+    var pidFile: String?
+    @Option(
+        parsing: .unconditional,
+        help: ArgumentHelp("Memory for the metadata cache (default: 64MiB).", valueName: "size"),
+        transform: size)
+    var cacheSize: ByteSize?
+    @Option(
+        parsing: .unconditional,
+        help: ArgumentHelp(
+            "Seconds between a change and its commit, if no client flushes.", valueName: "seconds"))
+    var commitInterval = 1.0
+    @Option(help: ArgumentHelp("Connections at once.", valueName: "n"))
+    var maxConnections = 1000
+    @Option(
+        parsing: .unconditional,
+        help: ArgumentHelp("Memory for requests in flight (default: 256MiB).", valueName: "size"),
+        transform: size)
+    var payloadMemory: ByteSize?
+    @Option(help: ArgumentHelp("I/O engine: auto, uring or poll.", valueName: "engine"))
+    var io = ServeOptions.IOChoice.auto
+    @Option(
+        help: ArgumentHelp(
+            "trace, debug, info, notice, warning, error or critical.", valueName: "level"))
+    var logLevel = Logger.Level.info
+
+    private static let maxReactors = 256
+    private static let defaultMaxReactors = 8
+    private static let cacheBytes: ClosedRange<UInt64> = 1 << 20...1 << 40
+    private static let maxPayloadBytes: UInt64 = 1 << 40
+    private static let metadataBlockSize: UInt64 = 4096
+
+    func validate() throws {
+        if let reactors, !(1...Self.maxReactors).contains(reactors) {
+            throw ValidationError("--reactors is from 1 to \(Self.maxReactors)")
+        }
+        if !(0.01...60).contains(commitInterval) {
+            throw ValidationError("--commit-interval is from 0.01 to 60 seconds")
+        }
+        if maxConnections < 1 { throw ValidationError("--max-connections is at least 1") }
+        if let cacheSize, !Self.cacheBytes.contains(cacheSize.bytes) {
+            throw ValidationError("--cache-size is from 1MiB to 1TiB")
+        }
+        if let payloadMemory, payloadMemory.bytes > Self.maxPayloadBytes {
+            throw ValidationError("--payload-memory is at most 1TiB")
+        }
+        if unix.contains("") { throw ValidationError("--unix needs a path, not an empty one") }
+    }
+
+    func run() throws {
+        var signals = Self.blockSignals()
+        let level = logLevel
+        LoggingSystem.bootstrap { label in
+            var handler = StreamLogHandler.standardError(label: label)
+            handler.logLevel = level
+            return handler
+        }
+        let logger = Logger(label: "wafer")
+        let server = try PoolServer(pool.path, options, logger: logger)
+        let uris = try server.start()
+        do {
+            if let pidFile { try Self.writeProcessID(to: pidFile) }
+        } catch {
+            try? server.stop()
+            throw error
+        }
+        for uri in uris { print("listening on \(uri)") }
+        fflush(stdout)
+
+        var signal: Int32 = 0
+        while sigwait(&signals, &signal) != 0 {}
+        logger.info("\(signal == SIGINT ? "SIGINT" : "SIGTERM"): stopping")
+        Self.endAtNextSignal(&signals)
+        defer { if let pidFile { unlink(pidFile) } }
+        try server.stop()
+        logger.info("stopped: everything is committed")
+    }
+
+    private var options: ServeOptions {
+        var options = ServeOptions()
+        options.unixPaths = unix
+        options.tcpAddresses = listen.map { ($0.host, $0.port) }
+        let processors = sysconf(Int32(_SC_NPROCESSORS_ONLN))
+        options.reactors = reactors ?? min(max(processors, 1), Self.defaultMaxReactors)
+        options.maxConnections = maxConnections
+        if let payloadMemory { options.payloadBytes = Int(payloadMemory.bytes) }
+        options.io = io
+        options.pool.readOnly = readOnly
+        if let cacheSize {
+            options.pool.cacheBlocks = Int(cacheSize.bytes / Self.metadataBlockSize)
+        }
+        options.pool.commitInterval = UInt64(commitInterval * 1e9)
+        return options
+    }
+
+    // MARK: - Signals
+
+    /// All threads started after this have them blocked, too.
+    private static func blockSignals() -> sigset_t {
+        var signals = sigset_t()
+        sigemptyset(&signals)
+        sigaddset(&signals, SIGTERM)
+        sigaddset(&signals, SIGINT)
+        pthread_sigmask(SIG_BLOCK, &signals, nil)
+        return signals
+    }
+
+    /// Whoever asks twice does not want to wait: what is not committed is lost, as by a power cut.
+    private static func endAtNextSignal(_ signals: inout sigset_t) {
+        for number in [SIGTERM, SIGINT] { Glibc.signal(number) { _ in _exit(1) } }
+        pthread_sigmask(SIG_UNBLOCK, &signals, nil)
+    }
+
+    /// In one step: nobody reads half a number.
+    private static func writeProcessID(to path: String) throws {
+        let draft = "\(path).\(getpid())"
+        guard let file = fopen(draft, "we") else { throw cannotWrite(path) }
+        let isWritten = fputs("\(getpid())\n", file) >= 0
+        guard fclose(file) == 0, isWritten, rename(draft, path) == 0 else {
+            let error = cannotWrite(path)
+            unlink(draft)
+            throw error
+        }
+    }
+
+    private static func cannotWrite(_ path: String) -> ControlError {
+        ControlError(.device, "cannot write \(path): \(String(cString: strerror(errno)))")
+    }
+}
+
+/// HOST:PORT; a host with colons stands in brackets, no host is every address.
+struct Address: Equatable {
+    var host: String
+    var port: UInt16
+
+    @Sendable init(parsing text: String) throws {
+        guard let colon = text.lastIndex(of: ":"),
+            let port = UInt16(text[text.index(after: colon)...])
+        else {
+            throw ValidationError("an address is HOST:PORT or [IPV6]:PORT, \"\(text)\" is not")
+        }
+        var host = String(text[..<colon])
+        if host.hasPrefix("["), host.hasSuffix("]") {
+            host = String(host.dropFirst().dropLast())
+        } else if host.contains(":") {
+            throw ValidationError(
+                "\"\(text)\": an IPv6 address stands in brackets, as in [::1]:10809")
+        }
+        self.host = host
+        self.port = port
+    }
+}
+
+extension ServeOptions.IOChoice: ExpressibleByArgument {}
+extension Logger.Level: @retroactive ExpressibleByArgument {}

@@ -1,0 +1,144 @@
+// Running out of metadata, wrong hints, sequential fill, determinism.
+
+import Foundation
+import Testing
+import ThinMetadata
+
+@Suite struct SpaceTests {
+    /// Whatever the size: provisioning stops in time, every freeze succeeds, and all can be undone.
+    @Test(arguments: [64, 80, 120, 200, 400]) func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
+        var random = Generator(seed: UInt64(blocks))
+        let harness = try Harness(metadataBlocks: blocks, dataBlocks: 60_000, cacheBlocks: 8)
+        harness.toolEvery = 20
+        var made: UInt64 = 0
+        var refused = 0
+        while refused < 20 {
+            do {
+                if made == 0 || random.chance(6) {
+                    let ids = harness.model.ids
+                    if made == 0 || random.chance(30) {
+                        try harness.create(made)
+                    } else {
+                        try harness.snapshot(made, of: ids[random.below(ids.count)])
+                    }
+                    made += 1
+                } else {
+                    let ids = harness.model.ids
+                    let id = ids[random.below(ids.count)]
+                    for _ in 0..<40 {
+                        guard try harness.write(id, UInt64(random.below(20_000))) else {
+                            throw MetadataError.outOfMetadataSpace
+                        }
+                    }
+                }
+            } catch {
+                guard error as? MetadataError == .outOfMetadataSpace else { throw error }
+                refused += 1
+                try harness.commit()
+            }
+            if random.chance(5) { try harness.commit() }
+        }
+        #expect(harness.model.devices.count > 0)
+        var rounds = 0
+        while let id = harness.model.ids.first {
+            rounds += 1
+            try #require(rounds < 2000)
+            if random.chance(50) {
+                try harness.discard(id, 0..<UInt64(random.below(20_000) + 1), limit: 700)
+            } else {
+                _ = try harness.deleteSlice(id, budget: 300)
+            }
+            try harness.commit()
+        }
+        #expect(try readImage(harness.device).dataAllocated == 0)
+    }
+
+    @Test func fullDataDeviceIsFoundFullOnlyWhenItIs() throws {
+        let harness = try Harness(metadataBlocks: 1000, dataBlocks: 33_000, cacheBlocks: 8)
+        try harness.create(1)
+        for block in 0..<400 { try harness.write(1, UInt64(block)) }
+        try harness.commit()
+        // The index claims that nothing is free in the first bitmap.
+        let root = harness.device.le64(0, 80)
+        harness.device.edit(root, salt: 121_107) {
+            $0.setLE32(1376 + 8, 0)
+            $0.setLE32(1376 + 12, 16_320)
+        }
+        let again = try Harness(image: harness.device, cacheBlocks: 8)
+        var allocated = 0
+        while try again.pool.allocateDataBlock() != nil { allocated += 1 }
+        #expect(allocated == 33_000 - 400)
+    }
+
+    @Test func wrongHintsAreRepairedByTheNextCommit() throws {
+        let harness = try Harness(metadataBlocks: 1000, dataBlocks: 33_000, cacheBlocks: 8)
+        try harness.create(1)
+        for block in 0..<400 { try harness.write(1, UInt64(block)) }
+        try harness.commit()
+        let root = harness.device.le64(0, 80)
+        harness.device.edit(root, salt: 121_107) {
+            // Last bitmap: nr_free without the entries past the end, as some tools write it.
+            $0.setLE32(1376 + 2 * 16 + 8, 33_000 - 2 * 16_320)
+        }
+        harness.device.editSuperblock { $0.setLE64(72, 9999) }
+        let again = try Harness(image: harness.device, cacheBlocks: 8)
+        #expect(again.pool.dataBlocksUsed == 400 && !again.pool.hasChanges)
+        try again.write(1, 5000)
+        try again.commit()
+        try again.pool.growData(to: 48_960)
+        #expect(again.pool.dataBlocksAvailable == 48_960 - 401)
+        try again.commit()
+    }
+
+    @Test func sequentialWritesFillLeaves() throws {
+        let harness = try Harness(metadataBlocks: 1000, dataBlocks: 33_000, cacheBlocks: 100)
+        harness.toolEvery = 10
+        try harness.create(1)
+        for block in 0..<25_200 {
+            try harness.write(1, UInt64(block))
+            #expect(harness.model.devices[1]!.mappings[UInt64(block)]! >> 24 == UInt64(block))
+            if block % 5000 == 0 { try harness.commit() }
+        }
+        try harness.commit()
+        // 100 full leaves, and few more.
+        #expect(harness.pool.metadataBlocksUsed < 120)
+    }
+
+    @Test func equalWorkGivesEqualImages() throws {
+        func work() throws -> TestDevice {
+            var random = Generator(seed: 99)
+            let harness = try Harness(metadataBlocks: 1000, dataBlocks: 33_000, cacheBlocks: 16)
+            harness.toolEvery = 100
+            for id in 0..<30 as Range<UInt64> { try harness.create(id * 7) }
+            for round in 0..<10 {
+                for _ in 0..<300 {
+                    try harness.write(UInt64(random.below(30)) * 7, UInt64(random.below(900)))
+                }
+                try harness.snapshot(UInt64(1000 + round), of: UInt64(random.below(30)) * 7)
+                try harness.discard(UInt64(random.below(30)) * 7, 0..<300, limit: 100)
+                try harness.commit()
+                harness.pool.trimCache()
+            }
+            return harness.device
+        }
+        let one = try work()
+        let two = try work()
+        #expect(memcmp(one.bytes, two.bytes, one.blocks * 4096) == 0)
+    }
+
+    @Test func fullMetadataGrows() throws {
+        let harness = try Harness(metadataBlocks: 100, dataBlocks: 60_000, cacheBlocks: 8)
+        try harness.create(1)
+        var virtual: UInt64 = 0
+        while try harness.write(1, virtual) { virtual += 97 }
+        try harness.commit()
+        harness.device.grow(blocks: 40_000)
+        try harness.pool.growMetadata()
+        for _ in 0..<2000 {
+            #expect(try harness.write(1, virtual))
+            virtual += 97
+        }
+        try harness.commit()
+        #expect(harness.pool.metadataBlocks == 40_000)
+    }
+}
