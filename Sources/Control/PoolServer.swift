@@ -162,7 +162,7 @@ public final class PoolServer {
     /// Locked memory that runs into a limit later would be worse than none.
     private static var mayLockMemory: Bool {
         var limit = rlimit()
-        guard getrlimit(__rlimit_resource_t(RLIMIT_MEMLOCK.rawValue), &limit) == 0 else {
+        guard getrlimit(__rlimit_resource_t(__RLIMIT_MEMLOCK.rawValue), &limit) == 0 else {
             return false
         }
         return geteuid() == 0 || limit.rlim_cur == rlim_t.max
@@ -176,10 +176,12 @@ public final class PoolServer {
             logger.info("\(name): \(device.path), \(ByteSize(bytes: device.size)), \(mode)")
         }
         let status = local.pool.status()
+        let used = ByteSize(bytes: status.dataBlocksUsed * status.blockSize)
+        let size = ByteSize(bytes: status.dataBlocks * status.blockSize)
         logger.info(
-            "pool \(local.directory.path): \(status.volumes) volumes, "
-                + "\(ByteSize(bytes: status.dataBlocksUsed * status.blockSize)) used of "
-                + "\(ByteSize(bytes: status.dataBlocks * status.blockSize))")
+            """
+            pool \(local.directory.path): \(status.volumes) volumes, \(used) used of \(size)
+            """)
         if let reason = status.reason { logger.warning("the pool is read-only: \(reason)") }
         for problem in status.problems { logger.warning("\(problem)") }
     }

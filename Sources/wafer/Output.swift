@@ -12,6 +12,16 @@ enum Output {
         print(String(decoding: try encoder.encode(value), as: UTF8.self))
     }
 
+    /// To standard error, at once.
+    static func error(_ text: String) {
+        var bytes = Array(text.utf8)[...]
+        while !bytes.isEmpty {
+            let count = bytes.withUnsafeBytes { write(STDERR_FILENO, $0.baseAddress, $0.count) }
+            guard count > 0 else { return }
+            bytes.removeFirst(count)
+        }
+    }
+
     /// Columns aligned at the left, two spaces between them.
     static func table(_ rows: [[String]]) {
         let columns = rows.map(\.count).max() ?? 0
@@ -60,11 +70,11 @@ final class Progress {
         lastPercent = percent
         lastWhat = what
         hasLine = true
-        fputs("\r\(what): \(percent) %\u{1B}[K", stderr)
+        Output.error("\r\(what): \(percent) %\u{1B}[K")
     }
 
     func end() {
-        if hasLine { fputs("\r\u{1B}[K", stderr) }
+        if hasLine { Output.error("\r\u{1B}[K") }
         hasLine = false
     }
 }

@@ -97,7 +97,7 @@ struct ServeCommand: ParsableCommand {
             throw error
         }
         for uri in uris { print("listening on \(uri)") }
-        fflush(stdout)
+        fflush(nil)
 
         var signal: Int32 = 0
         while sigwait(&signals, &signal) != 0 {}

@@ -26,8 +26,8 @@ enum Main {
 
     static func complain(_ message: String) {
         let line = message.split(whereSeparator: \.isNewline).joined(separator: " ")
-        fflush(stdout)
-        fputs("wafer: \(line)\n", stderr)
+        fflush(nil)
+        Output.error("wafer: \(line)\n")
     }
 }
 
