@@ -25,7 +25,7 @@ final class Client {
     private(set) var size: UInt64 = 0
     private(set) var flags: TransmissionFlags = []
 
-    init(unix path: String, timeout seconds: Int = 10) throws {
+    init(unix path: String, timeout seconds: Int = 60) throws {
         socket = Glibc.socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0)
         var address = sockaddr_un()
         address.sun_family = sa_family_t(AF_UNIX)
@@ -40,7 +40,7 @@ final class Client {
     }
 
     /// To 127.0.0.1.
-    init(tcp port: UInt16, timeout seconds: Int = 10) throws {
+    init(tcp port: UInt16, timeout seconds: Int = 60) throws {
         socket = Glibc.socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
         var address = sockaddr_in()
         address.sin_family = sa_family_t(AF_INET)
@@ -56,7 +56,7 @@ final class Client {
     }
 
     /// Connected and with the export chosen.
-    convenience init(unix path: String, export: String, timeout seconds: Int = 10) throws {
+    convenience init(unix path: String, export: String, timeout seconds: Int = 60) throws {
         try self.init(unix: path, timeout: seconds)
         try negotiate(export)
     }
@@ -110,7 +110,8 @@ final class Client {
     /// Ends the connection so that the server sees a reset.
     func reset() {
         var linger = linger(l_onoff: 1, l_linger: 0)
-        setsockopt(socket, SOL_SOCKET, SO_LINGER, &linger, socklen_t(MemoryLayout.size(ofValue: linger)))
+        setsockopt(
+            socket, SOL_SOCKET, SO_LINGER, &linger, socklen_t(MemoryLayout.size(ofValue: linger)))
         shutdown(socket, Int32(SHUT_RDWR))
     }
 
@@ -217,7 +218,8 @@ final class Client {
         _ command: Command, _ offset: UInt64 = 0, _ length: UInt32 = 0, flags: CommandFlags = []
     ) throws -> WireError {
         try transact(
-            Self.request(command, cookie: Self.cookie, offset: offset, length: length, flags: flags))
+            Self.request(command, cookie: Self.cookie, offset: offset, length: length, flags: flags)
+        )
     }
 
     func disconnect() throws {
