@@ -77,7 +77,10 @@ let package = Package(
             swiftSettings: swiftSettings),
         .testTarget(
             name: "NBDServerTests",
-            dependencies: ["NBDServer", "ThinPool", "ThinMetadata", "BlockIO"],
+            dependencies: [
+                "NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO",
+                .product(name: "Logging", package: "swift-log"),
+            ],
             swiftSettings: swiftSettings),
         .testTarget(
             name: "CommandTests",

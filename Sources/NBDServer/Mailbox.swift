@@ -3,8 +3,7 @@
 // The eventfd is written once for any number of nudges until the reactor acknowledges; it does so
 // before it looks for what it was nudged about, so that nothing is overlooked.
 
-import CLinux
-import Glibc
+import BlockIO
 import Synchronization
 
 final class Mailbox: Sendable {
@@ -13,34 +12,29 @@ final class Mailbox: Sendable {
         var isClosed = false
     }
 
+    private let event: WakeEvent
     /// Readable when there is something.
-    let descriptor: Int32
+    var descriptor: Int32 { event.fileDescriptor }
     private let isNudged = Atomic<Bool>(false)
     private let stops = Atomic<Bool>(false)
     private let contents = Mutex(Contents())
 
     init() throws(ServerError) {
-        descriptor = eventfd(0, Int32(EFD_CLOEXEC))
-        guard descriptor >= 0 else {
-            throw ServerError(operation: "make an eventfd", code: errno)
+        do throws(DeviceError) { event = try WakeEvent() } catch {
+            throw ServerError(operation: "make an eventfd", code: error.code)
         }
-    }
-
-    deinit {
-        Glibc.close(descriptor)
     }
 
     /// Makes the reactor run a turn. From any thread.
     func nudge() {
         if !isNudged.exchange(true, ordering: .sequentiallyConsistent) {
-            eventfd_write(descriptor, 1)
+            event.signal()
         }
     }
 
     /// Called by the reactor when the descriptor is readable.
     func acknowledge() {
-        var count: eventfd_t = 0
-        eventfd_read(descriptor, &count)
+        event.clear()
         isNudged.store(false, ordering: .sequentiallyConsistent)
     }
 

@@ -2,7 +2,6 @@
 // queue. Zeroing is one call where the file system has it, else pieces of zeroes are written.
 
 import BlockIO
-import CLinux
 import Glibc
 import ThinPool
 

@@ -15,7 +15,7 @@ import ThinMetadata
     }
 
     @Test(arguments: [
-        (64, 1), (64, 0), (256, 16_320), (256, 16_321), (1024, 20_000), (40_000, 6_000_000),
+        (100, 1), (100, 0), (256, 16_320), (256, 16_321), (1024, 20_000), (40_000, 6_000_000),
         (20_000, 16_320 * 168), (20_000, 16_320 * 169),
     ] as [(Int, UInt64)])
     func newPoolIsCleanAndEmpty(metadataBlocks: Int, dataBlocks: UInt64) throws {

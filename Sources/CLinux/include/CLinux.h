@@ -9,13 +9,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <poll.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <sys/socket.h>
-#include <sys/types.h>
-#include <sys/uio.h>
-#include <liburing.h>
 
 /// CRC-32C (Castagnoli, reflected) of `length` bytes, with the usual final inversion:
 /// clinux_crc32c("123456789", 9) is 0xE3069283.
