@@ -20,7 +20,7 @@ import ThinMetadata
         metadata.makeAvailable(freed.discarded + freed.replaced)
     }
 
-    @Test(arguments: [(64, UInt64(0)), (64, 1), (2000, 100_000), (17_000, 16_320)])
+    @Test(arguments: [(100, UInt64(0)), (100, 1), (2000, 100_000), (17_000, 16_320)])
     func newPoolIsClean(blocks: Int, dataBlocks: UInt64) throws {
         let image = PoolImage(blocks: blocks)
         try ThinMetadata.format(image, dataBlockSectors: 128, dataBlocks: dataBlocks)

@@ -137,7 +137,8 @@ import ThinMetadata
     }
 
     /// A metadata snapshot shares top level and details: nothing of it may change.
-    @Test(arguments: [11, 12, 13] as [UInt64]) func aHeldMetadataSnapshotStays(seed: UInt64) throws {
+    @Test(arguments: [11, 12, 13] as [UInt64]) func aHeldMetadataSnapshotStays(seed: UInt64) throws
+    {
         var random = Generator(seed: seed)
         let first = try pool()
         for id in 2..<40 as Range<UInt64> { try first.snapshot(id, of: 1 + (id - 2) / 3) }

@@ -6,7 +6,8 @@ import ThinMetadata
 
 @Suite struct SpaceTests {
     /// Whatever the size: provisioning stops in time, every freeze succeeds, and all can be undone.
-    @Test(arguments: [100, 120, 160, 200, 400, 1000]) func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
+    @Test(arguments: [100, 120, 160, 200, 400, 1000])
+    func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
         var random = Generator(seed: UInt64(blocks))
         let harness = try Harness(metadataBlocks: blocks, dataBlocks: 60_000, cacheBlocks: 8)
         harness.toolEvery = 60
@@ -154,7 +155,7 @@ import ThinMetadata
                 for _ in 0..<16_319 {
                     if let block = try harness.pool.allocateDataBlock() { skipped.append(block) }
                 }
-                skipped.forEach { harness.pool.releaseReservation($0) }
+                for block in skipped { harness.pool.releaseReservation(block) }
             }
             try harness.freeze()
             harness.pool.trimCache()
