@@ -83,6 +83,8 @@ let package = Package(
             ],
             swiftSettings: swiftSettings),
         .testTarget(
-            name: "CommandTests", dependencies: ["wafer"], swiftSettings: swiftSettings),
+            name: "CommandTests",
+            dependencies: ["wafer", "Control", "ThinPool", "ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
     ]
 )

@@ -2,7 +2,8 @@
 //
 // 1. Only its owner (and root) can connect: the socket's mode is 0600 from its beginning.
 // 2. One thread accepts; each connection has a thread of its own, as verbs block. There are few of
-//    both, and no client is waited for longer than a deadline, so none can keep others out for good.
+//    them. No client is waited for longer than a deadline, and when there is no room the one that
+//    has been silent for longest has to go, so none can keep others out.
 // 3. A socket left over is removed only after a connection to it was refused; at the end only if it
 //    is still this server's.
 
@@ -30,9 +31,24 @@ public final class ControlServer: @unchecked Sendable {
     private let stopPipe: (read: Int32, write: Int32)
     private var acceptor: pthread_t?
 
+    private struct Connection {
+        let socket: ControlSocket
+        /// Milliseconds since when a request is awaited; nil: one is being answered.
+        var silentSince: Int?
+    }
     private struct Connections {
-        var open: [ObjectIdentifier: ControlSocket] = [:]
+        var open: [ObjectIdentifier: Connection] = [:]
         var isStopping = false
+
+        /// Hangs up on the client that has been silent for longest; false if all are being served.
+        mutating func makeRoom() -> Bool {
+            let longest = open.filter { $0.value.silentSince != nil }
+                .min { $0.value.silentSince! < $1.value.silentSince! }
+            guard let longest else { return false }
+            longest.value.socket.shutDown()
+            open[longest.key] = nil
+            return true
+        }
     }
     private let connections = Mutex(Connections())
     /// Verbs that were begun; the pool must stay until they are answered.
@@ -104,7 +120,9 @@ public final class ControlServer: @unchecked Sendable {
         connections.withLock { connections in
             connections.isStopping = true
             // Ends the wait for a request; an answer that is due can still be sent.
-            for socket in connections.open.values { shutdown(socket.descriptor, Int32(SHUT_RD)) }
+            for connection in connections.open.values {
+                shutdown(connection.socket.descriptor, Int32(SHUT_RD))
+            }
         }
         idle.wait()
     }
@@ -133,8 +151,11 @@ public final class ControlServer: @unchecked Sendable {
 
     private func begin(_ socket: ControlSocket) {
         let hasRoom = connections.withLock { connections in
-            guard connections.open.count < Self.maxConnections else { return false }
-            connections.open[ObjectIdentifier(socket)] = socket
+            guard connections.open.count < Self.maxConnections || connections.makeRoom() else {
+                return false
+            }
+            connections.open[ObjectIdentifier(socket)] = Connection(
+                socket: socket, silentSince: monotonicMilliseconds())
             return true
         }
         guard hasRoom else {
@@ -157,17 +178,28 @@ public final class ControlServer: @unchecked Sendable {
     // MARK: - Answering
 
     private func serve(_ socket: ControlSocket) {
-        while !connections.withLock({ $0.isStopping }),
-            let line = socket.readLine(
-                limit: ControlLine.maxRequestBytes, milliseconds: Self.requestTimeout)
+        while let line = socket.readLine(
+            limit: ControlLine.maxRequestBytes, milliseconds: Self.requestTimeout)
         {
+            // False: the server stops, or has hung up to make room.
+            guard mark(socket, silentSince: nil) else { return }
             let response: ControlResponse
             do throws(ControlError) {
                 response = try answer(ControlLine.decode(ControlRequest.self, line), socket)
             } catch {
                 response = .failed(error)
             }
-            guard send(response, socket) else { return }
+            guard send(response, socket), mark(socket, silentSince: monotonicMilliseconds())
+            else { return }
+        }
+    }
+
+    private func mark(_ socket: ControlSocket, silentSince: Int?) -> Bool {
+        connections.withLock { connections in
+            let key = ObjectIdentifier(socket)
+            guard !connections.isStopping, connections.open[key] != nil else { return false }
+            connections.open[key]!.silentSince = silentSince
+            return true
         }
     }
 
