@@ -11,6 +11,8 @@ from workloads import WORKLOADS
 BEGIN = "<!-- results -->"
 END = "<!-- end of results -->"
 NONE = "n/a"
+# More processors than this busy with other things make a run a poor one.
+BUSY_CORES = 0.3
 
 
 class Row:
@@ -79,6 +81,8 @@ def machine_section(result):
         f"before and {facts['load_after'][0]} after; processors busy with other things during a "
         f"sample: median {median(others or [0]):.2f}, at most {max(others or [0]):.2f}.",
     ]
+    if median(others or [0]) > BUSY_CORES:
+        lines.append("**Measured on a loaded machine: the ratios are rough, the rest says little.**")
     text = "\n\n".join(lines) + "\n\n"
     text += table(
         ["server", "command", "an acknowledged write is in", "a flush is"],
@@ -133,17 +137,17 @@ def value_section(result, storage):
         lines += [[workload.title, server, "failed: " + error.replace("\n", " ")] + [""] * 5
                   for server, error in row.errors.items()]
     return table(
-        ["", "server", "IOPS", "min–max", "MB/s", "CPU, µs a request", "p99, µs", "longest, ms"],
-        lines)
+        ["", "server", "IOPS", "min–max", "MB/s", "CPU, µs a request", "p99, µs",
+         "longest, ms"], lines)
 
 
 def markdown(result):
     text = machine_section(result)
     for storage in result["facts"]["storage"]:
-        kind = "memory" if storage["is_memory"] else "disk"
+        kind = "In memory" if storage["is_memory"] else "On disk"
         if not any(True for _ in rows_of(result, storage)):
             continue
-        text += f"\n### In {kind}: {storage['filesystem']}, {storage['name']}\n\n"
+        text += f"\n### {kind}: {storage['filesystem']}, {storage['name']}\n\n"
         text += ratio_section(result, storage) + "\n" + value_section(result, storage)
     return text
 
