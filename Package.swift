@@ -81,5 +81,11 @@ let package = Package(
             swiftSettings: swiftSettings),
         .testTarget(
             name: "CommandTests", dependencies: ["wafer"], swiftSettings: swiftSettings),
+        // The built command against other people's programs.
+        .systemLibrary(
+            name: "CLibNBD", path: "Tests/CLibNBD", pkgConfig: "libnbd",
+            providers: [.apt(["libnbd-dev"])]),
+        .testTarget(
+            name: "HostTests", dependencies: ["wafer", "CLibNBD"], swiftSettings: swiftSettings),
     ]
 )
