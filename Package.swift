@@ -77,10 +77,15 @@ let package = Package(
             swiftSettings: swiftSettings),
         .testTarget(
             name: "NBDServerTests",
-            dependencies: ["NBDServer", "ThinPool", "ThinMetadata", "BlockIO"],
+            dependencies: [
+                "NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO",
+                .product(name: "Logging", package: "swift-log"),
+            ],
             swiftSettings: swiftSettings),
         .testTarget(
-            name: "CommandTests", dependencies: ["wafer"], swiftSettings: swiftSettings),
+            name: "CommandTests",
+            dependencies: ["wafer", "Control", "ThinPool", "ThinMetadata", "BlockIO"],
+            swiftSettings: swiftSettings),
         // The built command against other people's programs.
         .systemLibrary(
             name: "CLibNBD", path: "Tests/CLibNBD", pkgConfig: "libnbd",

@@ -67,7 +67,15 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
 
     public var isRemote: Bool { false }
 
-    public func status() throws(ControlError) -> PoolStatus { pool.status() }
+    public func status() throws(ControlError) -> PoolStatus {
+        var status = pool.status()
+        if purpose == .inspect && status.mode == .readOnly {
+            // Only this look at it is; what the next server will say is asked for.
+            status.mode = status.needsCheck ? .readOnly : .writable
+            status.reason = status.needsCheck ? "its metadata needs a check" : nil
+        }
+        return status
+    }
 
     public func volumes() throws(ControlError) -> [VolumeInfo] {
         do throws(PoolError) { return try pool.volumeList() } catch { throw ControlError(error) }

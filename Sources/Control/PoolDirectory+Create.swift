@@ -242,13 +242,6 @@ extension PoolDirectory {
         undo.removeFile(path)
     }
 
-    /// Links keep the name that was given: /dev/disk/by-id outlives /dev/sdX.
-    private static func absolute(_ path: String) -> String {
-        guard !path.hasPrefix("/"), let current = getcwd(nil, 0) else { return path }
-        defer { free(current) }
-        return String(cString: current) + "/" + path
-    }
-
     private static func parent(of path: String) -> String {
         var trimmed = path[...]
         while trimmed.count > 1, trimmed.hasSuffix("/") { trimmed.removeLast() }

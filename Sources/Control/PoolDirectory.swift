@@ -23,6 +23,13 @@ public struct PoolDirectory: Sendable, Equatable {
 
     func inside(_ name: String) -> String { path.hasSuffix("/") ? path + name : "\(path)/\(name)" }
 
+    /// The same name from every directory. Links in it are kept: /dev/disk/by-id outlives /dev/sdX.
+    static func absolute(_ path: String) -> String {
+        guard !path.hasPrefix("/"), let current = getcwd(nil, 0) else { return path }
+        defer { free(current) }
+        return String(cString: current) + "/" + path
+    }
+
     /// Finds an existing pool: both devices are there and are two different ones.
     public static func locate(_ path: String) throws(ControlError) -> PoolDirectory {
         let directory = PoolDirectory(path: path)

@@ -36,7 +36,7 @@ public enum PoolGrowth {
                 .refused, "the pool \(directory.path) does not take up its new size: \(reason)")
         }
         try pool.close()
-        return try LocalPool(directory, purpose: .inspect).status()
+        return pool.pool.status()
     }
 
     private static func open(_ path: String) throws(ControlError) -> FileDevice {

@@ -63,10 +63,10 @@ public final class PoolServer {
         }
         var configuration = Server.Configuration(
             dataFileDescriptor: local.data.fileDescriptor)
-        configuration.unixPaths = options.unixPaths
+        configuration.unixPaths = options.unixPaths.map(Self.socketPath)
         configuration.tcpAddresses = options.tcpAddresses
         if options.unixPaths.isEmpty && options.tcpAddresses.isEmpty {
-            configuration.unixPaths = [directory.nbdSocketPath]
+            configuration.unixPaths = [Self.socketPath(directory.nbdSocketPath)]
         }
         configuration.reactors = options.reactors
         configuration.readOnly = options.pool.readOnly
@@ -75,6 +75,13 @@ public final class PoolServer {
         configuration.allowRing = allowRing
         server = Server(pool: local.pool, configuration: configuration, logger: logger)
         describe(local)
+    }
+
+    /// A URI is of use everywhere if its path is absolute; but a socket's path is short.
+    private static func socketPath(_ path: String) -> String {
+        let absolute = PoolDirectory.absolute(path)
+        return absolute.utf8.count < MemoryLayout.size(ofValue: sockaddr_un().sun_path)
+            ? absolute : path
     }
 
     /// Accepts connections.
@@ -144,7 +151,7 @@ public final class PoolServer {
                 logger.info("memory is not locked: \(error.reason)")
             }
         } else {
-            logger.info("memory is not locked: not root, and RLIMIT_MEMLOCK is not unlimited")
+            logger.info("memory is not locked: not root, and RLIMIT_MEMLOCK is limited")
         }
         do throws(DeviceError) {
             let (queue, reason) = try makeIOQueue(entries: 8, allowRing: options.io != .poll)
@@ -180,7 +187,7 @@ public final class PoolServer {
         let size = ByteSize(bytes: status.dataBlocks * status.blockSize)
         logger.info(
             """
-            pool \(local.directory.path): \(status.volumes) volumes, \(used) used of \(size)
+            pool \(local.directory.path): volumes: \(status.volumes), \(used) used of \(size)
             """)
         if let reason = status.reason { logger.warning("the pool is read-only: \(reason)") }
         for problem in status.problems { logger.warning("\(problem)") }

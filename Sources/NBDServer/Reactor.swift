@@ -29,6 +29,8 @@ final class Reactor {
         var listener: Listener
         var isOpen = true
         var isPausing = false
+        /// It was said that accepting fails; said again only after it has worked in between.
+        var hasWarned = false
     }
     private var doors: [Door]
     private var nextReactor = 0
@@ -135,6 +137,11 @@ final class Reactor {
             for door in doors where door.isOpen { door.listener.close() }
         }
         for socket in mailbox.close() { dismiss(socket) }
+    }
+
+    /// The server does not start after all. Nothing has been begun.
+    func abandon() {
+        engine.close()
     }
 
     private var isFinished: Bool {
@@ -365,14 +372,18 @@ final class Reactor {
 
     private func accepted(_ result: Int32, by index: Int) {
         if result >= 0 {
+            doors[index].hasWarned = false
             welcome(result, by: doors[index].listener)
         } else if stopDeadline == nil {
             switch -result {
             case EAGAIN, EINTR, ECONNABORTED, EPROTO: break
             default:
-                logger.warning(
-                    "cannot accept connections for now: \(ServerError.words(-result))",
-                    metadata: ["listener": "\(doors[index].listener.uri)"])
+                if !doors[index].hasWarned {
+                    doors[index].hasWarned = true
+                    logger.warning(
+                        "cannot accept connections for now: \(ServerError.words(-result))",
+                        metadata: ["listener": "\(doors[index].listener.uri)"])
+                }
                 doors[index].isPausing = true
                 queue.timeout(
                     nanoseconds: Self.acceptPauseNanoseconds,

@@ -85,18 +85,18 @@ public final class Server {
                     operation: "start to serve", code: failure.code, reason: failure.description)
             }
         } catch {
+            state?.startup.open(serving: false)
             stop()
             for listener in listeners { listener.close() }
             throw error
         }
-        state!.startup.open()
+        state!.startup.open(serving: true)
         return listeners.map(\.uri)
     }
 
     /// Stops serving; returns when everything that was begun has been finished.
     public func stop() {
         guard let state else { return }
-        state.startup.open()
         for mailbox in state.mailboxes { mailbox.stop() }
         for thread in threads { pthread_join(thread, nil) }
         threads = []
@@ -125,7 +125,7 @@ public final class Server {
             do throws(DeviceError) {
                 let reactor = try Reactor(
                     number: number, shared: state, mailbox: mailbox, listeners: listeners)
-                if state.startup.report(nil) { reactor.run() }
+                if state.startup.report(nil) { reactor.run() } else { reactor.abandon() }
             } catch {
                 _ = state.startup.report(error)
             }
@@ -175,19 +175,19 @@ final class ServerState: Sendable {
 final class Startup: Sendable {
     private struct State {
         var failure: DeviceError?
-        var isOpen = false
+        var serves = false
     }
     private let state = Mutex(State())
     private let reported = DispatchSemaphore(value: 0)
     private let opened = DispatchSemaphore(value: 0)
 
-    /// A reactor is ready, or has failed. Returns when all are; true if it is to serve.
+    /// A reactor is ready, or has failed. Returns when it is decided; true if it is to serve.
     func report(_ failure: DeviceError?) -> Bool {
         if let failure { state.withLock { $0.failure = $0.failure ?? failure } }
         reported.signal()
         opened.wait()
         opened.signal()
-        return state.withLock { $0.failure == nil }
+        return state.withLock { $0.serves }
     }
 
     func wait(for count: Int) {
@@ -196,13 +196,10 @@ final class Startup: Sendable {
 
     var failure: DeviceError? { state.withLock { $0.failure } }
 
-    /// Lets the reactors go on, once.
-    func open() {
-        let isFirst = state.withLock { state in
-            defer { state.isOpen = true }
-            return !state.isOpen
-        }
-        if isFirst { opened.signal() }
+    /// Lets the reactors go on, or home. Called once.
+    func open(serving: Bool) {
+        state.withLock { $0.serves = serving }
+        opened.signal()
     }
 }
 

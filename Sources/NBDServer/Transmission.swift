@@ -29,7 +29,8 @@ final class Transmission {
     /// One receive takes up to this much.
     static let inputCapacity = 128 << 10
     /// A payload is received in its own buffer if at least this much of it is missing; below, the
-    /// copy costs less than another receive.
+    /// copy costs less than another receive. A long one always is: what is behind it is probably
+    /// another long one, which would be received into the input, and copied.
     private static let inPlaceMinimum = 16 << 10
     /// After a WRITE at least this long the next is expected to be like it: only its header is
     /// received, so that its payload need not be copied.
@@ -134,7 +135,7 @@ final class Transmission {
         if partial != Self.noSlot {
             let slot = slots + Int(partial)
             let missing = slot.pointee.payloadLength - partialFilled
-            if missing >= Self.inPlaceMinimum {
+            if missing >= Self.inPlaceMinimum || expectsLongWrite {
                 receivingInPlace = true
                 return UnsafeMutableRawBufferPointer(
                     start: slot.pointee.payload! + partialFilled, count: missing)

@@ -92,7 +92,7 @@ extension ThinMetadata {
         precondition(id <= .max, "thin device ids have 24 bits")
         try requireWritable()
         guard try record(id) == nil else { throw .deviceExists(id) }
-        try requireSpace(try deviceTreesCost(id), keepingReserve: true)
+        try requireSpace(try creationCost(id), keepingReserve: true)
         isChanged = true
         let root = try store.makeNode(.mapping, leaf: true).block
         try add(
@@ -111,9 +111,7 @@ extension ThinMetadata {
         let source = try existing(origin)
         guard try record(id) == nil else { throw .deviceExists(id) }
         guard time < Mapping.maxTime else { throw .tooManySnapshots }
-        try requireSpace(
-            try deviceTreesCost(id) + overflowCost(store.metadata, .metadataOverflow, entries: 1),
-            keepingReserve: true)
+        try requireSpace(try creationCost(id), keepingReserve: true)
         isChanged = true
         superblock.time += 1
         try store.retain(source.root)

@@ -118,7 +118,7 @@ private struct FormatPlan {
     let indexLevels: [Int]
 
     /// Free blocks that the first transactions need at least.
-    private static let spare: UInt64 = 32
+    private static let spare = ThinMetadata.leastReserve + 32
     private static let indexBlock: UInt64 = 1
     private static let metadataOverflow: UInt64 = 2
     private static let firstMetadataBitmap: UInt64 = 3

@@ -17,6 +17,9 @@ import BlockIO
     import Darwin
 #endif
 
+/// So many frames or bitmaps in a row may turn out to be in use before trimming leaves off.
+let trimPatience = 512
+
 enum FrameState: UInt8 {
     case unused
     case clean
@@ -237,11 +240,11 @@ final class NodeCache {
     }
 
     /// Gives up clean frames that were not used lately until the bound is kept, or none is left.
+    /// Where few can go, each call looks at some of them only and the next goes on from there.
     func trim() {
-        guard framesInUse > bound && cleanCount > 0 else { return }
-        var steps = 2 * frameCount
-        while framesInUse > bound && cleanCount > 0 && steps > 0 {
-            steps -= 1
+        var patience = trimPatience
+        while framesInUse > bound && cleanCount > 0 && patience > 0 {
+            patience -= 1
             hand = hand + 1 < frameCount ? hand + 1 : 0
             let frame = frames + hand
             guard frame.pointee.state == .clean else { continue }
@@ -250,6 +253,7 @@ final class NodeCache {
             } else {
                 discard(frame)
                 cleanCount -= 1
+                patience = trimPatience
             }
         }
     }

@@ -188,10 +188,9 @@ final class SpaceMap {
 
     /// Gives up loaded bitmaps that nothing holds until at most `bound` are in memory.
     func trim(bound: Int) {
-        guard loadedPages > bound else { return }
-        var steps = 2 * slotCount
-        while loadedPages > bound && steps > 0 {
-            steps -= 1
+        var patience = trimPatience
+        while loadedPages > bound && patience > 0 {
+            patience -= 1
             hand = hand + 1 < slotCount ? hand + 1 : 0
             let slot = slots + hand
             guard let page = slot.pointee.page, !slot.pointee.isDirty, !slot.pointee.isFrozen,
@@ -203,6 +202,7 @@ final class SpaceMap {
                 page.deallocate()
                 slot.pointee.page = nil
                 loadedPages -= 1
+                patience = trimPatience
             }
         }
     }

@@ -6,28 +6,45 @@
 // 3. Provisioning and new devices also leave the reserve alone; removals may use it. So a full pool
 //    can always be emptied.
 
+/// What an operation may allocate at most, besides what a freeze would allocate before it.
+private struct Estimate {
+    /// B-tree nodes copied or made, overflow trees and index tree not counted.
+    var nodes = 0
+    /// Data blocks, and metadata blocks, whose counts may change by other than 0 <-> 1.
+    var dataEntries = 0
+    var metadataEntries = 0
+}
+
 extension ThinMetadata {
     /// Blocks that only removals and commits may use.
-    public var metadataReserve: UInt64 { min(4096, metadataBlocks / 10) }
+    public var metadataReserve: UInt64 { max(Self.leastReserve, min(4096, metadataBlocks / 10)) }
 
-    /// With this much to spare no insertion has to be looked at closely.
-    private static let plenty: UInt64 = 8192
+    /// Removing from a shared device takes a few dozen blocks, however small the pool.
+    static let leastReserve: UInt64 = 48
+
+    /// With this much to spare no insertion has to be looked at closely: paths of four levels, all
+    /// shared, at 252 entries, each in the overflow tree, with two blocks each.
+    private static let plenty: UInt64 = 16_384
 
     /// Upper bound of what a freeze would allocate now.
     var commitCost: UInt64 {
         // Details path per changed device; each bitmap with its path in the index tree; every
         // metadata bitmap and the index block.
-        3 * UInt64(dirtyRecords.count) + bitmapsCost(store.data.dirtyPages.count)
-            + UInt64(store.metadata.slotCount) + 2
+        let details = dirtyRecords.count
+        return UInt64(
+            details + min(2 * details, 8 + details / 42) + bitmapsCost(store.data.dirtyPages.count)
+                + store.metadata.slotCount + 2)
     }
 
     /// Upper bound for writing this many data bitmaps: themselves and the index tree's nodes.
-    private func bitmapsCost(_ pages: Int) -> UInt64 {
+    private func bitmapsCost(_ pages: Int) -> Int {
         guard pages > 0 else { return 0 }
         let total = store.data.slotCount
-        let leaves = min(pages, total / TreeKind.dataIndex.leaf.minimum + 1)
-        let inner = min(leaves, total / (56 * 84) + 1)
-        return UInt64(pages + leaves + inner + 2)
+        let leaf = TreeKind.dataIndex.leaf
+        if total <= leaf.capacity { return pages + 1 }
+        let leaves = min(pages, total / leaf.minimum + 1)
+        let inner = min(leaves, total / (leaf.minimum * NodeGeometry.internalNode.minimum) + 1)
+        return pages + leaves + inner + 2
     }
 
     func dataBitmapsCost(added pages: Int) -> UInt64 {
@@ -46,79 +63,89 @@ extension ThinMetadata {
 
     // MARK: Costs
 
-    /// Shadowing and splitting along one path, root split included.
-    private func pathCost(_ root: UInt64, _ kind: TreeKind) throws(MetadataError) -> UInt64 {
-        UInt64(3 * (try store.cache.depth(root, kind)) + 1)
+    private func cost(_ estimate: Estimate) throws(MetadataError) -> UInt64 {
+        let dataPages = min(estimate.dataEntries, store.data.slotCount)
+        return UInt64(
+            try estimate.nodes
+                + overflowCost(store.data, .dataOverflow, estimate.dataEntries)
+                + bitmapsCost(dataPages)
+                + overflowCost(store.metadata, .metadataOverflow, estimate.metadataEntries))
     }
 
-    /// Changing the counts of this many blocks, any of which may be in the overflow tree.
-    func overflowCost(
-        _ map: SpaceMap, _ kind: TreeKind, entries: Int
-    ) throws(MetadataError) -> UInt64 {
+    /// Changing the counts of this many blocks, any of which may come into or leave the overflow
+    /// tree.
+    private func overflowCost(
+        _ map: SpaceMap, _ kind: TreeKind, _ entries: Int
+    ) throws(MetadataError) -> Int {
+        guard entries > 0 else { return 0 }
         let root = try store.cache.node(map.overflowRoot, kind)
+        if root.isLeaf && root.count + entries <= kind.leaf.capacity { return 1 }
         let splits = 2 * (entries / kind.leaf.minimum) + 5
-        guard !root.isLeaf else { return UInt64(splits) }
+        guard !root.isLeaf else { return splits }
         let depth = try store.cache.depth(map.overflowRoot, kind)
         // Each change touches a path and perhaps a sibling of each node on it.
         let touched = depth == 2 ? min(2 * entries, root.count) : 2 * depth * entries
-        return UInt64(splits + min(touched, Int(store.metadata.allocatedBlocks)))
+        return splits + min(touched, Int(store.metadata.allocatedBlocks))
     }
 
-    /// Data blocks whose counts change: overflow tree, bitmaps and index tree.
-    private func dataCost(_ entries: Int) throws(MetadataError) -> UInt64 {
-        try overflowCost(store.data, .dataOverflow, entries: entries)
-            + bitmapsCost(min(entries, store.data.slotCount))
-    }
-
-    /// The path to `key` in the top-level or a mapping tree, with what copying shared nodes adds.
-    private func sharedPathCost(
-        _ root: UInt64, _ kind: TreeKind, _ key: UInt64
-    ) throws(MetadataError) -> UInt64 {
-        var cost: UInt64 = 1
+    /// Adds the path to `key`: so many nodes a level, and, where nodes are shared, the counts of
+    /// what they refer to.
+    /// - Parameter siblings: a neighbour of each node may be copied, too.
+    private func addPath(
+        _ estimate: inout Estimate, _ root: UInt64, _ kind: TreeKind, _ key: UInt64,
+        perLevel: Int, siblings: Bool
+    ) throws(MetadataError) {
+        estimate.nodes += 1
         var block = root
+        var isShared = false
         for _ in 0..<NodeCache.maxDepth {
             let node = try store.cache.node(block, kind)
-            cost += 3
-            if try store.metadata.shortCount(block) > 1 {
-                let isData = node.isLeaf && kind == .mapping
-                cost +=
-                    isData
-                    ? try dataCost(node.count)
-                    : try overflowCost(store.metadata, .metadataOverflow, entries: node.count)
+            estimate.nodes += perLevel
+            // Copying a shared node makes its children shared.
+            if try store.metadata.shortCount(block) > 1 { isShared = true }
+            // Node and sibling: each keeps at most a full node's entries.
+            let entries = isShared ? (siblings ? 2 : 1) * node.geometry(kind).capacity : 0
+            if node.isLeaf && kind == .mapping {
+                estimate.dataEntries += entries
+            } else if !node.isLeaf || kind == .topLevel {
+                estimate.metadataEntries += entries
             }
-            if node.isLeaf { return cost }
+            // The node itself loses a reference.
+            estimate.metadataEntries += siblings ? 2 : 1
+            if node.isLeaf { return }
             block = node.value(max(0, node.floorIndex(key)))
         }
         throw NodeCache.tooDeep(root)
     }
 
-    /// One id more in, or out of, the two device trees.
-    func deviceTreesCost(_ id: ThinDeviceID) throws(MetadataError) -> UInt64 {
+    /// One id more in the two device trees.
+    func creationCost(_ id: ThinDeviceID) throws(MetadataError) -> UInt64 {
         let key = UInt64(id.rawValue)
-        return try sharedPathCost(superblock.mappingRoot, .topLevel, key)
-            + sharedPathCost(superblock.detailsRoot, .details, key) + 2
+        var estimate = Estimate(nodes: 1, metadataEntries: 1)
+        try addPath(
+            &estimate, superblock.mappingRoot, .topLevel, key, perLevel: 3, siblings: true)
+        try addPath(&estimate, superblock.detailsRoot, .details, key, perLevel: 3, siblings: true)
+        return try cost(estimate)
     }
 
     @inline(__always) func requireInsertSpace(
         _ record: DeviceRecord, _ key: UInt64, keepingReserve: Bool
     ) throws(MetadataError) {
         if hasSpace(Self.plenty, keepingReserve: true) { return }
-        try requireSpace(
-            try changeCost(record, key, entries: 1), keepingReserve: keepingReserve)
+        var estimate = Estimate(nodes: 1, dataEntries: 2)
+        try addTopPath(&estimate, record)
+        try addPath(&estimate, record.root, .mapping, key, perLevel: 3, siblings: false)
+        try requireSpace(try cost(estimate), keepingReserve: keepingReserve)
     }
 
-    /// Changing mappings at `key`: both trees' paths, counts of the blocks that come and go.
-    private func changeCost(
-        _ record: DeviceRecord, _ key: UInt64, entries: Int
-    ) throws(MetadataError) -> UInt64 {
-        let top = try sharedCostOfTop(record)
-        return try top + sharedPathCost(record.root, .mapping, key)
-            + dataCost(entries + 1)
-            + overflowCost(store.metadata, .metadataOverflow, entries: 8) + 3
-    }
-
-    private func sharedCostOfTop(_ record: DeviceRecord) throws(MetadataError) -> UInt64 {
-        try sharedPathCost(superblock.mappingRoot, .topLevel, UInt64(record.id.rawValue))
+    /// The device's entry in the top-level tree gets another value.
+    private func addTopPath(
+        _ estimate: inout Estimate, _ record: DeviceRecord
+    ) throws(MetadataError) {
+        guard record.shadowedIn != openTransaction else { return }
+        try addPath(
+            &estimate, superblock.mappingRoot, .topLevel, UInt64(record.id.rawValue),
+            perLevel: 1, siblings: false)
     }
 
     /// Mappings that one descent may remove now, at most `limit`; nil if space does not allow any.
@@ -128,18 +155,25 @@ extension ThinMetadata {
         let leafful = NodeGeometry.internalNode.capacity
         if hasSpace(4 * Self.plenty, keepingReserve: false) { return min(limit, 8 * leafful) }
         let run = min(limit, leafful)
-        // A node that is merged or evened out brings in a sibling, as shared as itself or more.
-        let cost = try 2 * changeCost(record, key, entries: run)
-        if hasSpace(cost, keepingReserve: false) { return run }
-        let single = try 2 * changeCost(record, key, entries: 1)
-        return hasSpace(single, keepingReserve: false) ? 1 : nil
+        for entries in [run, 1] {
+            var estimate = Estimate(nodes: 1, dataEntries: entries, metadataEntries: 2)
+            try addTopPath(&estimate, record)
+            try addPath(&estimate, record.root, .mapping, key, perLevel: 2, siblings: true)
+            if hasSpace(try cost(estimate), keepingReserve: false) { return entries }
+        }
+        return nil
     }
 
     /// Removing the device and all that is its alone.
     func deletionCost(_ record: DeviceRecord) throws(MetadataError) -> UInt64 {
-        let mapped = Int(clamping: record.details.mappedBlocks)
-        let nodes = mapped / NodeGeometry.internalNode.minimum + 8
-        return try 2 * deviceTreesCost(record.id)
-            + dataCost(mapped) + overflowCost(store.metadata, .metadataOverflow, entries: nodes)
+        let key = UInt64(record.id.rawValue)
+        let mapped = Int(clamping: min(record.details.mappedBlocks, dataBlocks))
+        var estimate = Estimate(dataEntries: mapped)
+        estimate.metadataEntries = mapped / NodeGeometry.internalNode.minimum + 2
+        // Once to shadow the path, once to take the entry out.
+        try addPath(
+            &estimate, superblock.mappingRoot, .topLevel, key, perLevel: 2, siblings: true)
+        try addPath(&estimate, superblock.detailsRoot, .details, key, perLevel: 2, siblings: true)
+        return try cost(estimate)
     }
 }

@@ -63,7 +63,8 @@ public final class ThinMetadata {
         guard metadataRoot.blockCount <= Layout.maxMetadataBlocks, metadataRoot.blockCount > 0
         else {
             throw .corrupt(
-                block: MetadataBlock(0), "a metadata space map of \(metadataRoot.blockCount) blocks")
+                block: MetadataBlock(0), "a metadata space map of \(metadataRoot.blockCount) blocks"
+            )
         }
         guard device.size / UInt64(Layout.blockSize) >= metadataRoot.blockCount else {
             throw .unsupported(

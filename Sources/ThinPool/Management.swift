@@ -169,6 +169,10 @@ extension Pool {
             }
         }
         do throws(MetadataError) {
+            if !hasCatalogue {
+                try metadata.createThin(CatalogueLayout.device)
+                hasCatalogue = true
+            }
             try applyChange(prepared)
         } catch {
             switch error {
@@ -201,8 +205,6 @@ extension Pool {
     }
 
     private func applyChange(_ prepared: PreparedChange) throws(MetadataError) {
-        guard metadata.metadataBlocksFree > metadata.metadataReserve + 64 || isGivingBack(prepared)
-        else { throw .outOfMetadataSpace }
         switch prepared.change.change {
         case .create:
             try metadata.createThin(prepared.device)
@@ -217,18 +219,7 @@ extension Pool {
         }
     }
 
-    private func isGivingBack(_ prepared: PreparedChange) -> Bool {
-        switch prepared.change.change {
-        case .delete, .forget: true
-        default: false
-        }
-    }
-
     private func mapCatalogue(_ prepared: PreparedChange) throws(MetadataError) {
-        if !hasCatalogue {
-            try metadata.createThin(CatalogueLayout.device)
-            hasCatalogue = true
-        }
         for (index, block) in prepared.blocks.enumerated() {
             _ = try metadata.insert(
                 CatalogueLayout.device, VirtualBlock(UInt64(index)), block, usingReserve: true)

@@ -59,6 +59,8 @@ extension Pool {
             hasCatalogue = true
             catalogueBlocks = details.mappedBlocks
         } catch { throw PoolError(error) }
+        // Its device was made, and the change that was to fill it was refused.
+        if catalogueBlocks == 0 { return }
         let header = try readCatalogue(bytes: UInt64(CatalogueLayout.payload))
         let length = try Catalogue.length(header: header.baseAddress!)
         header.deallocate()

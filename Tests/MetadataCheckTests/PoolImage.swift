@@ -344,6 +344,64 @@ final class PoolImage: BlockDevice {
         return tree(many.map { ($0.key, $0.value) }, valueSize: 4) { $0.setLE32(0, $1) }
     }
 
+    // MARK: - Counting again
+
+    /// Makes both space maps what a changed tree asks for. The counts of 3 and more have to fit
+    /// one leaf, as in the sample pools.
+    func recount() {
+        counts = [0: 1, places.index: 1]
+        dataCounts = [:]
+        var roots = [places.top, places.details]
+        if places.held != 0 {
+            refer(to: places.held)
+            roots += [320, 328].map { place in with(places.held) { $0.le64(place) } }
+        }
+        for block in places.metadataBitmaps + places.dataBitmaps { refer(to: block) }
+        for root in [places.dataIndex, places.dataOverflow, places.metadataOverflow] {
+            refer(to: root)
+        }
+        for (i, root) in roots.enumerated() {
+            refer(to: root)
+            if counts[root] == 1 { count(root, isTop: i % 2 == 0, isDetails: i % 2 == 1) }
+        }
+        setOverflows(places.dataOverflow, dataCounts.filter { $0.value > 2 })
+        setOverflows(places.metadataOverflow, counts.filter { $0.value > 2 })
+        for (i, block) in places.dataBitmaps.enumerated() {
+            let entry = bitmap(block, number: UInt64(i), counts: dataCounts)
+            editDataIndex(i) { Self.indexEntry($0, entry) }
+        }
+        for (i, block) in places.metadataBitmaps.enumerated() {
+            let entry = bitmap(block, number: UInt64(i), counts: counts)
+            edit(places.index, as: .index) {
+                Self.indexEntry($0 + IndexBlockLayout.entries + 16 * i, entry)
+            }
+        }
+        setSuperblock64(SuperblockLayout.dataSpaceMapRoot + 8, UInt64(dataCounts.count))
+        setSuperblock64(SuperblockLayout.metadataSpaceMapRoot + 8, UInt64(counts.count))
+    }
+
+    private func count(_ node: UInt64, isTop: Bool, isDetails: Bool) {
+        let isLeaf = with(node) { $0.le32(NodeLayout.flags) } == 2
+        guard !isLeaf || !isDetails else { return }
+        for i in 0..<entries(node) {
+            let value = value(node, i)
+            if isLeaf && !isTop {
+                dataCounts[value >> 24, default: 0] += 1
+                continue
+            }
+            refer(to: value)
+            if counts[value] == 1 {
+                count(value, isTop: isTop && !isLeaf, isDetails: isDetails)
+            }
+        }
+    }
+
+    /// How many mappings a mapping tree has.
+    func mapped(under node: UInt64) -> UInt64 {
+        guard with(node, { $0.le32(NodeLayout.flags) }) != 2 else { return UInt64(entries(node)) }
+        return (0..<entries(node)).reduce(0) { $0 + mapped(under: value(node, $1)) }
+    }
+
     private struct IndexEntry { var block: UInt64, free: UInt32, hint: UInt32 }
 
     private static func indexEntry(_ place: UnsafeMutableRawPointer, _ entry: IndexEntry) {

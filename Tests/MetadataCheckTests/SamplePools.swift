@@ -8,7 +8,7 @@ struct SamplePool {
     static let dataBlocks: UInt64 = 40_000
     static let devices: [UInt64] = [1, 2, 3, 4, 5, 6, 7]
 
-    let image: PoolImage
+    var image: PoolImage
     /// Leaves of device 1, of which 3 and 4 share the first two.
     let leaves: [UInt64]
     /// Roots of devices 1 (and 2), 3, 4, 5 (a leaf), 6 (three levels), 7 (an empty leaf).
@@ -24,7 +24,19 @@ struct SamplePool {
 
     enum Held { case none, whole, diverged }
 
+    /// Never changed: tests get copies.
+    nonisolated(unsafe) private static let built: [Held: SamplePool] =
+        [
+            .none: .init(building: .none), .whole: .init(building: .whole),
+            .diverged: .init(building: .diverged),
+        ]
+
     init(held: Held = .none) {
+        self = Self.built[held]!
+        image = PoolImage(copying: image)
+    }
+
+    private init(building held: Held) {
         let image = PoolImage(blocks: 1024)
         self.image = image
         // Devices 1 to 4: device 1 written at time 0, snapshots 3, 4 and 2 at times 1, 2 and 3.

@@ -11,10 +11,13 @@ enum Tools {
         path($0) != nil
     }
 
+    /// A thin_check of the 1.x line.
+    static let newThinCheck = ProcessInfo.processInfo.environment["WAFER_THIN_CHECK_NEW"]
+
     @discardableResult
     static func run(_ name: String, _ arguments: [String]) throws -> Int32 {
         let process = Process()
-        process.executableURL = URL(fileURLWithPath: path(name)!)
+        process.executableURL = URL(fileURLWithPath: path(name) ?? name)
         process.arguments = arguments
         process.standardOutput = FileHandle.nullDevice
         process.standardError = FileHandle.nullDevice
@@ -34,6 +37,12 @@ enum Tools {
     /// Whether thin_check has no objection.
     static func thinCheckAccepts(_ image: PoolImage) throws -> Bool {
         try withFile(image.bytes) { try run("thin_check", ["-q", $0.path]) == 0 }
+    }
+
+    /// The same for the 1.x line; nil if it is not there.
+    static func newThinCheckAccepts(_ image: PoolImage) throws -> Bool? {
+        guard let newThinCheck else { return nil }
+        return try withFile(image.bytes) { try run(newThinCheck, ["-q", $0.path]) == 0 }
     }
 
     /// What thin_restore makes of a dump.

@@ -17,6 +17,8 @@ final class SimulatedDataIO: DataIO {
         var tag: UInt64
         /// Its effect is on the disk already.
         var applied = false
+        /// How often it is still passed over: now and then a device is slow for a long time.
+        var patience = 0
     }
 
     let disk: SimulatedDisk
@@ -56,8 +58,20 @@ final class SimulatedDataIO: DataIO {
         if draw(2) == 0 {
             apply(&operation, length)
             operation.applied = true
+        } else if draw(12) == 0 {
+            operation.patience = 10 + draw(90)
         }
         pending.append(operation)
+    }
+
+    /// An operation to complete next; nil if the one drawn takes its time.
+    func next() -> Int? {
+        let index = draw(pending.count)
+        if pending[index].patience > 0 {
+            pending[index].patience -= 1
+            return nil
+        }
+        return index
     }
 
     /// Completes the `index`th pending operation; returns its tag and result.

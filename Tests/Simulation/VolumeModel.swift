@@ -24,6 +24,8 @@ final class VolumeModel {
     var durable: [Int]
     /// Sectors that a change in flight covers: nobody else changes them meanwhile.
     var busy: [Bool]
+    /// A snapshot whose sectors have not been read yet.
+    var isUndecided = false
     /// Its deletion has been asked for.
     var isGoing = false
 
@@ -109,6 +111,7 @@ extension VolumeModel {
     /// then, or one that came while it was being taken.
     convenience init(snapshotOf origin: VolumeModel, name: String, askedAt time: UInt64) {
         self.init(name: name, sectors: origin.sectors)
+        isUndecided = true
         for s in 0..<sectors {
             let all = origin.versions[s]
             let first = all.lastIndex { $0.acknowledged.map { $0 <= time } ?? false } ?? 0
@@ -119,6 +122,15 @@ extension VolumeModel {
                 if i > 0 { version.acknowledged = nil }
                 return version
             }
+        }
+    }
+
+    /// The snapshot has been read for the first time, before anybody wrote to it.
+    func decide(_ value: (Int) -> UInt64) {
+        isUndecided = false
+        for s in 0..<sectors where versions[s].count > 1 {
+            versions[s] = [Version(value: value(s), acknowledged: 0)]
+            durable[s] = 0
         }
     }
 }

@@ -343,6 +343,7 @@ public final class World {
     /// Takes note of the changes that have been told done.
     private func noteChanges() throws {
         var open: [Change] = []
+        defer { changes = open }
         for change in changes {
             guard let result = change.result else {
                 open.append(change)
@@ -358,8 +359,11 @@ public final class World {
                 continue
             }
             happened(change)
+            // What it holds is decided: it is read once, and may never change again by itself.
+            if case .snapshot(_, let name) = change.change, let model = models[name] {
+                try verify(model, afterCut: false)
+            }
         }
-        changes = open
     }
 
     private func happened(_ change: Change) {
@@ -388,7 +392,7 @@ public final class World {
             if reactor.isAwake { choices.append { try self.turn(reactor) { _ in } } }
             if !reactor.io.pending.isEmpty {
                 choices.append {
-                    let index = self.random.below(reactor.io.pending.count)
+                    guard let index = reactor.io.next() else { return }
                     let (tag, result) = reactor.io.complete(index)
                     try self.turn(reactor) { $0.complete(tag: tag, result: result) }
                 }
@@ -485,8 +489,8 @@ public final class World {
         reactors = (0..<options.reactors).map { _ in
             let io = SimulatedDataIO(disk: dataDisk) { [unowned self] in random.below($0) }
             let reactor = Reactor(io: io)
-            nonisolated(unsafe) let box = reactor
-            reactor.engine = VolumeIO(pool: pool, io: io) { box.isAwake = true }
+            nonisolated(unsafe) weak let box = reactor
+            reactor.engine = VolumeIO(pool: pool, io: io) { box?.isAwake = true }
             return reactor
         }
         workerIO = []
@@ -625,10 +629,14 @@ public final class World {
                 ? model.allowsAfterCut(sector, value) : model.allowsNow(sector, value)
         }
         if afterCut {
+            model.isUndecided = false
             let words = buffer.assumingMemoryBound(to: UInt64.self)
             for sector in 0..<model.sectors {
                 model.settle(sector, words[sector * 64], at: time)
             }
+        } else if model.isUndecided {
+            let words = buffer.assumingMemoryBound(to: UInt64.self)
+            model.decide { words[$0 * 64] }
         }
     }
 }

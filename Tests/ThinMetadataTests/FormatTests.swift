@@ -14,10 +14,11 @@ import ThinMetadata
         return device
     }
 
-    @Test(arguments: [
-        (64, 1), (64, 0), (256, 16_320), (256, 16_321), (1024, 20_000), (40_000, 6_000_000),
-        (20_000, 16_320 * 168), (20_000, 16_320 * 169),
-    ] as [(Int, UInt64)])
+    @Test(
+        arguments: [
+            (100, 1), (100, 0), (256, 16_320), (256, 16_321), (1024, 20_000), (40_000, 6_000_000),
+            (20_000, 16_320 * 168), (20_000, 16_320 * 169),
+        ] as [(Int, UInt64)])
     func newPoolIsCleanAndEmpty(metadataBlocks: Int, dataBlocks: UInt64) throws {
         let device = try makePool(metadataBlocks, dataBlocks)
         let image = try readImage(device)

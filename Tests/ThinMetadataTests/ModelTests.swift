@@ -5,7 +5,14 @@ import Testing
 import ThinMetadata
 
 @Suite struct ModelTests {
-    @Test(arguments: [1, 2, 3, 4, 5, 6, 7, 8] as [UInt64])
+    /// The first seed and how many, as "100+50"; without it eight fixed ones.
+    private static let seeds: [UInt64] = {
+        let wanted = ProcessInfo.processInfo.environment["WAFER_MODEL_SEEDS"] ?? "1+8"
+        let parts = wanted.split(separator: "+").compactMap { UInt64($0) }
+        return parts.count == 2 ? Array(parts[0]..<parts[0] + parts[1]) : [1]
+    }()
+
+    @Test(arguments: seeds)
     func randomWorkMatchesTheModel(seed: UInt64) throws {
         var random = Generator(seed: seed)
         let cache = [8, 8, 64, 1000][random.below(4)]

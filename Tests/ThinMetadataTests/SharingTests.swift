@@ -137,10 +137,14 @@ import ThinMetadata
     }
 
     /// A metadata snapshot shares top level and details: nothing of it may change.
-    @Test(arguments: [11, 12, 13] as [UInt64]) func aHeldMetadataSnapshotStays(seed: UInt64) throws {
+    @Test(arguments: [11, 12, 13] as [UInt64]) func aHeldMetadataSnapshotStays(seed: UInt64) throws
+    {
         var random = Generator(seed: seed)
         let first = try pool()
         for id in 2..<40 as Range<UInt64> { try first.snapshot(id, of: 1 + (id - 2) / 3) }
+        try first.commit()
+        // Most roots are their device's alone: only the held top level shares them.
+        for id in 1..<36 as Range<UInt64> { try first.write(id, id) }
         try first.commit()
         first.device.reserveMetadataSnapshot()
         try expectClean(first.device, first.directory)
@@ -164,5 +168,26 @@ import ThinMetadata
         try harness.commit()
         #expect(harness.pool.heldRoot == held)
         #expect(Data(bytes: harness.device.block(top), count: 4096) == topBefore)
+    }
+
+    /// Leaves at their minimum are merged with neighbours that another device shares.
+    @Test(arguments: [84, 85, 86, 90, 120, 168]) func mergingSharedLeaves(left: Int) throws {
+        for right in [84, 85, 100] as [UInt64] {
+            let harness = try Harness(metadataBlocks: 500, dataBlocks: 5000, cacheBlocks: 8)
+            try harness.create(1)
+            // Splits 168 to 84.
+            for block in 0..<168 + right { try harness.write(1, block) }
+            try harness.discard(1, 0..<UInt64(168 - left), limit: 1000)
+            try harness.commit()
+            try harness.snapshot(2, of: 1)
+            try harness.snapshot(3, of: 1)
+            try harness.discard(2, 0..<170, limit: 1)
+            try harness.commit()
+            try harness.discard(3, 170..<200, limit: 20)
+            try harness.commit()
+            try harness.discard(1, 0..<UInt64.max, limit: 3)
+            try harness.delete(2)
+            try harness.commit()
+        }
     }
 }

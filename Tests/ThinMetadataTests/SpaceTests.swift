@@ -6,10 +6,11 @@ import ThinMetadata
 
 @Suite struct SpaceTests {
     /// Whatever the size: provisioning stops in time, every freeze succeeds, and all can be undone.
-    @Test(arguments: [64, 80, 120, 200, 400]) func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
+    @Test(arguments: [100, 120, 160, 200, 400, 1000])
+    func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
         var random = Generator(seed: UInt64(blocks))
         let harness = try Harness(metadataBlocks: blocks, dataBlocks: 60_000, cacheBlocks: 8)
-        harness.toolEvery = 20
+        harness.toolEvery = 60
         var made: UInt64 = 0
         var refused = 0
         while refused < 20 {
@@ -127,7 +128,7 @@ import ThinMetadata
     }
 
     @Test func fullMetadataGrows() throws {
-        let harness = try Harness(metadataBlocks: 100, dataBlocks: 60_000, cacheBlocks: 8)
+        let harness = try Harness(metadataBlocks: 140, dataBlocks: 60_000, cacheBlocks: 8)
         try harness.create(1)
         var virtual: UInt64 = 0
         while try harness.write(1, virtual) { virtual += 97 }
@@ -140,5 +141,30 @@ import ThinMetadata
         }
         try harness.commit()
         #expect(harness.pool.metadataBlocks == 40_000)
+    }
+
+    /// A bitmap whose new place is not written yet must not be read back from there.
+    @Test func bitmapsStayUntilTheirCommitIsDurable() throws {
+        let harness = try Harness(metadataBlocks: 1000, dataBlocks: 12 * 16_320, cacheBlocks: 8)
+        try harness.create(1)
+        for round in 0..<3 as Range<UInt64> {
+            // One mapping in each bitmap, more bitmaps than are kept.
+            for page in 0..<12 as Range<UInt64> {
+                try harness.write(1, 100 * round + page)
+                var skipped: [DataBlock] = []
+                for _ in 0..<16_319 {
+                    if let block = try harness.pool.allocateDataBlock() { skipped.append(block) }
+                }
+                for block in skipped { harness.pool.releaseReservation(block) }
+            }
+            try harness.freeze()
+            harness.pool.trimCache()
+            harness.pool.trimCache()
+            try harness.discard(1, 0..<1000, limit: 10)
+            try harness.finishCommit()
+            try harness.commit()
+            harness.pool.trimCache()
+            harness.pool.trimCache()
+        }
     }
 }

@@ -77,7 +77,8 @@ func dump(_ device: TestDevice, _ directory: TemporaryDirectory) throws -> [UInt
             id = attribute("dev_id")
             current = ImageDevice(
                 mapped: attribute("mapped_blocks"), transaction: attribute("transaction"),
-                created: UInt32(attribute("creation_time")), snapped: UInt32(attribute("snap_time")))
+                created: UInt32(attribute("creation_time")), snapped: UInt32(attribute("snap_time"))
+            )
         } else if line.contains("<single_mapping") {
             current.mappings[attribute("origin_block")] =
                 attribute("data_block") << 24 | attribute("time")

@@ -45,6 +45,7 @@ extension MetadataCheck {
         /// So are all nodes below.
         var isComplete = false
         var fillReported = false
+        var rangeReported = false
         var sharingReported = false
         /// Of the node itself.
         var firstKey: UInt64 = 0
@@ -253,6 +254,7 @@ extension MetadataCheck {
                     if nodes[Int(child)].state == .open {
                         edgeChildren[node.start + top.next] = Self.noNode
                         isComplete = false
+                        claims.isComplete = false
                         log.add(
                             .damage, .usedTwice, block: UInt64(nodes[Int(child)].block),
                             "the node is below itself: block \(node.block) points back to it")
@@ -288,7 +290,7 @@ extension MetadataCheck {
                 }
                 let child = nodes[Int(childIndex)]
                 checkFill(childIndex)
-                checkRange(of: child, edge: edge, in: parent)
+                checkRange(of: childIndex, edge: edge, in: parent)
                 node.isComplete = node.isComplete && child.isComplete
                 node.isOrdered = node.isOrdered && child.isOrdered
                 node.maxTime = max(node.maxTime, child.maxTime)
@@ -323,16 +325,20 @@ extension MetadataCheck {
         }
 
         /// A child's keys have to lie between its own key in the parent and the next one.
-        private func checkRange(of child: TreeNode, edge: Int, in parent: TreeNode) {
-            guard parent.isOrdered, child.isOrdered, child.entryCount > 0 else { return }
+        private func checkRange(of index: UInt32, edge: Int, in parent: TreeNode) {
+            let child = nodes[Int(index)]
+            guard parent.isOrdered, child.isOrdered, child.entryCount > 0, !child.rangeReported
+            else { return }
             let low = edgeKeys[edge]
             let isLast = edge + 1 == parent.start + Int(parent.entryCount)
             if child.firstKey < low {
+                nodes[Int(index)].rangeReported = true
                 log.add(
                     .damage, .keyRange, block: UInt64(child.block),
                     "the first key is \(child.firstKey), but the parent, block \(parent.block), "
                         + "has \(low) for it: keys below that cannot be found")
             } else if !isLast, child.lastKey >= edgeKeys[edge + 1] {
+                nodes[Int(index)].rangeReported = true
                 log.add(
                     .damage, .keyRange, block: UInt64(child.block),
                     "keys go up to \(child.lastKey), but in the parent, block \(parent.block), "
