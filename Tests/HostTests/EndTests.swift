@@ -76,12 +76,9 @@ final class Writer: Sendable {
 @Suite struct EndTests {
     private static let writers = 4
 
-    /// - Parameter end: ends the server.
-    /// - Returns: the numbers that each place holds afterwards, by writer.
-    private func load(
-        _ engine: Engine, end: (Server) throws -> Void,
-        check: (Writer.Progress, _ remainder: UInt64, _ found: UInt64) -> Void
-    ) throws {
+    enum End: CaseIterable { case terminated, killed }
+
+    @Test(arguments: Engine.allCases, End.allCases) func load(engine: Engine, end: End) throws {
         let pool = try TestPool(
             volumes: [("vol", Writer.volumeSize(writers: Self.writers))])
         for round in 0..<3 {
@@ -89,7 +86,7 @@ final class Writer: Sendable {
             if round == 1 { try pool.snapshot("vol", "snap") }
             let server = try Server(pool, engine: engine, options: noCommits)
             let writers = (0..<Self.writers).map { Writer($0, of: Self.writers) }
-            // So that each round starts from nothing known.
+            // So that nothing is left of the round before.
             try Client(server, "vol").zero(
                 0, Writer.volumeSize(writers: Self.writers),
                 flags: Client.fua | (round == 1 ? Client.noHole : 0))
@@ -101,38 +98,33 @@ final class Writer: Sendable {
                 writers.allSatisfy { $0.progress.withLock { $0.durable } > 40 + UInt64(round * 7) }
             }
             #expect(isUnderWay)
-            try end(server)
+            switch end {
+            case .terminated: try server.stop()
+            case .killed: server.kill()
+            }
             try threads.join()
+
             let again = try Server(pool, engine: engine)
             let client = try Client(again, "vol")
-            for writer in writers {
-                let progress = writer.progress.withLock { $0 }
-                for remainder in 0..<Writer.places {
-                    let place = writer.place(remainder)
-                    for stamp in try stamps(client.read(place, Writer.length), place) {
-                        check(progress, remainder, stamp)
-                    }
-                }
-            }
+            for writer in writers { try check(writer, client, after: end) }
             try again.stop()
             try pool.expectClean()
         }
     }
 
-    @Test(arguments: Engine.allCases) func terminated(engine: Engine) throws {
-        try load(engine) { try $0.stop() } check: { progress, remainder, found in
-            // Everything that was acknowledged, and nothing that was not begun.
-            let least = Writer.last(remainder, upTo: UInt64(progress.acknowledged.count))
+    /// After a clean end everything is there that was acknowledged, after any end what was made
+    /// durable; and never what was not begun.
+    private func check(_ writer: Writer, _ client: Client, after end: End) throws {
+        let progress = writer.progress.withLock { $0 }
+        let promised =
+            end == .terminated ? UInt64(progress.acknowledged.count) : progress.durable
+        for remainder in 0..<Writer.places {
+            let place = writer.place(remainder)
+            let least = Writer.last(remainder, upTo: promised)
             let most = Writer.last(remainder, upTo: UInt64(progress.begun.count))
-            #expect(found >= least && found <= most, "\(found) is not in \(least)...\(most)")
-        }
-    }
-
-    @Test(arguments: Engine.allCases) func killed(engine: Engine) throws {
-        try load(engine) { $0.kill() } check: { progress, remainder, found in
-            let least = Writer.last(remainder, upTo: progress.durable)
-            let most = Writer.last(remainder, upTo: UInt64(progress.begun.count))
-            #expect(found >= least && found <= most, "\(found) is not in \(least)...\(most)")
+            for found in try stamps(client.read(place, Writer.length), place) {
+                #expect(found >= least && found <= most, "\(found) is not in \(least)...\(most)")
+            }
         }
     }
 }

@@ -69,7 +69,7 @@ import Testing
             lasts.append(last)
 
             let begun = last == 0 ? 0 : progress[index].begun[Int(last) - 1]
-            #expect(begun < snapshot.granted, "\(snapshot.name) has what began after it was granted")
+            #expect(begun < snapshot.granted, "\(snapshot.name) has what began after it was there")
             if Int(last) < progress[index].acknowledged.count {
                 #expect(
                     progress[index].acknowledged[Int(last)] > snapshot.asked,
@@ -78,12 +78,13 @@ import Testing
         }
         // One point in time: what one writer lacks was not acknowledged before another's last,
         // which is there, was begun.
-        for (index, last) in lasts.enumerated() where Int(last) < progress[index].acknowledged.count {
+        for (index, last) in lasts.enumerated()
+        where Int(last) < progress[index].acknowledged.count {
             let missing = progress[index].acknowledged[Int(last)]
             for (other, present) in lasts.enumerated() where present > 0 {
                 #expect(
                     missing > progress[other].begun[Int(present) - 1],
-                    "\(snapshot.name) has writer \(other)'s but not writer \(index)'s earlier write")
+                    "\(snapshot.name) has writer \(other)'s, but not writer \(index)'s earlier one")
             }
         }
     }

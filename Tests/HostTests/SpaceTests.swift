@@ -155,7 +155,8 @@ import Testing
         #expect(more >= full + 10)
 
         try server.stop()
-        try pool.must("pool", "grow", pool.path, "--data-size", "\(2 * Self.poolBlocks * Self.block)")
+        let twice = 2 * Self.poolBlocks * Self.block
+        try pool.must("pool", "grow", pool.path, "--data-size", "\(twice)")
         try pool.expectClean()
         server = try Server(pool, engine: engine)
         client = try Client(server, "vol")

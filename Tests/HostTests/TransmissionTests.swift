@@ -37,7 +37,8 @@ import Testing
                 try client.zero(offset, UInt64(length), flags: flags | hole)
                 model.replaceSubrange(range, with: repeatElement(0, count: length))
             case 6:
-                #expect(same(try client.read(offset, length), Array(model[range])), "round \(round)")
+                let found = try client.read(offset, length)
+                #expect(same(found, Array(model[range])), "round \(round)")
             default:
                 try client.flush()
                 try client.cache(offset, UInt64(length))
@@ -63,7 +64,8 @@ import Testing
         try client.write(0, bytes)
         try client.trim(block / 2, 4 * block)
         var expected = bytes
-        expected.replaceSubrange(Int(block)..<Int(4 * block), with: repeatElement(0, count: 3 << 16))
+        let gone = Int(block)..<Int(4 * block)
+        expected.replaceSubrange(gone, with: repeatElement(0, count: gone.count))
         #expect(same(try client.read(0, 8 << 16), expected))
         try client.flush()
         #expect(try server.pool.volumes()[0].mappedBytes == 5 * block)
@@ -139,7 +141,8 @@ import Testing
         try expect(EINVAL, "read over the end") { _ = try client.read(end - 512, 1024) }
         try expect(EINVAL, "read far beyond") { _ = try client.read(UInt64.max - 511, 512) }
         try expect(ENOSPC, "write past the end") { try client.write(end, sector) }
-        try expect(ENOSPC, "write over the end") { try client.write(end - 512, pattern(1, 0, 1024)) }
+        let two = pattern(1, 0, 1024)
+        try expect(ENOSPC, "write over the end") { try client.write(end - 512, two) }
         try expect(ENOSPC, "write far beyond") { try client.write(1 << 62, sector) }
         try expect(ENOSPC, "zero over the end") { try client.zero(end - 512, 1024) }
         try expect(EINVAL, "trim over the end") { try client.trim(end - 512, 1024) }
