@@ -86,5 +86,11 @@ let package = Package(
             name: "CommandTests",
             dependencies: ["wafer", "Control", "ThinPool", "ThinMetadata", "BlockIO"],
             swiftSettings: swiftSettings),
+        // The built command against other people's programs.
+        .systemLibrary(
+            name: "CLibNBD", path: "Tests/CLibNBD", pkgConfig: "libnbd",
+            providers: [.apt(["libnbd-dev"])]),
+        .testTarget(
+            name: "HostTests", dependencies: ["wafer", "CLibNBD"], swiftSettings: swiftSettings),
     ]
 )

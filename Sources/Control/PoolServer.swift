@@ -25,11 +25,14 @@ public struct ServeOptions: Sendable {
     public var tcpAddresses: [(host: String, port: UInt16)] = []
     public var reactors = 1
     public var maxConnections = 1000
-    public var payloadBytes = 256 << 20
+    public var payloadBytes = MemoryBudget.payloadBytes
     public var io = IOChoice.auto
     public var pool = PoolOptions()
 
-    public init() {}
+    public init() {
+        pool.cacheBlocks = MemoryBudget.cacheBlocks
+        pool.tablePages = MemoryBudget.tablePages
+    }
 }
 
 /// `start`, `stop` and the release are one thread's.

@@ -59,14 +59,16 @@ final class Reactor {
     private var isTicking = false
     private var stopDeadline: UInt64?
 
-    private var spinCredit = 0
+    /// Whether looking for completions before going to sleep pays: while only clients are waited
+    /// for, and while the data device is.
+    private var clientSpin = SpinCredit()
+    private var deviceSpin = SpinCredit()
 
     /// Submission entries: a turn of a busy connection fits.
     private static let queueEntries = 1024
     /// How long to look for completions before going to sleep, where that has paid of late: about
     /// what going to sleep and waking up costs.
     private static let spinNanoseconds: UInt64 = 20_000
-    private static let spinCreditLimit = 8
     /// Accepting pauses this long when there are no descriptors or no memory left.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     private static let longestTick: UInt64 = 1_000_000_000
@@ -168,19 +170,26 @@ final class Reactor {
     private func collect() throws(DeviceError) {
         completionCount = 0
         if buffers.nextServed != nil { return try poll(wait: false) }
-        if spinCredit > 0 {
+        let waitsForDevice = engine.inFlight > 0
+        if waitsForDevice ? deviceSpin.isGood : clientSpin.isGood {
             let deadline = Self.now() + Self.spinNanoseconds
             repeat {
                 try poll(wait: false)
                 if completionCount > 0 { return }
             } while Self.now() < deadline
-            spinCredit -= 1
+            if waitsForDevice { deviceSpin.failed() } else { clientSpin.failed() }
         }
         let start = Self.now()
         try poll(wait: true)
-        if Self.now() - start < Self.spinNanoseconds {
-            spinCredit = min(spinCredit + 2, Self.spinCreditLimit)
+        if Self.now() - start < Self.spinNanoseconds && hasNews {
+            if waitsForDevice { deviceSpin.wouldHavePaid() } else { clientSpin.wouldHavePaid() }
         }
+    }
+
+    /// Something came from outside: sending is done at once, and says nothing about waiting.
+    private var hasNews: Bool {
+        for index in 0..<completionCount where completions[index].tag.kind != .send { return true }
+        return false
     }
 
     private func poll(wait: Bool) throws(DeviceError) {
@@ -512,4 +521,16 @@ final class Reactor {
             mark(connection)
         }
     }
+}
+
+/// Whether to look for completions for a while before going to sleep: it has to have paid of late,
+/// so that a reactor whose clients or device take longer than that sleeps at once.
+private struct SpinCredit {
+    private var credit = 0
+    private static let limit = 8
+
+    var isGood: Bool { credit > 0 }
+    mutating func failed() { credit -= 1 }
+    /// The reactor went to sleep and was woken again within the time that it would have looked.
+    mutating func wouldHavePaid() { credit = min(credit + 2, Self.limit) }
 }

@@ -46,7 +46,9 @@ struct ServeCommand: ParsableCommand {
     var maxConnections = 1000
     @Option(
         parsing: .unconditional,
-        help: ArgumentHelp("Memory for requests in flight (default: 256MiB).", valueName: "size"),
+        help: ArgumentHelp(
+            "Memory for requests in flight (default: an eighth of the machine's, at most 256MiB).",
+            valueName: "size"),
         transform: size)
     var payloadMemory: ByteSize?
     @Option(help: ArgumentHelp("I/O engine: auto, uring or poll.", valueName: "engine"))

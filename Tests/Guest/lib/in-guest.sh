@@ -5,6 +5,24 @@ set -euo pipefail
 export PATH=/payload/bin:$PATH DM_DISABLE_UDEV=1
 pool=/scratch/pool server=''
 
+# A test that fails or hangs tells what the server said and where the kernel stands.
+patience=200
+tell_all() {
+    if [ -e /scratch/serve.log ]; then echo "the server's log:"; tail -n 40 /scratch/serve.log; fi
+    if [ -n "$server" ] && ! kill -0 "$server" 2>/dev/null; then echo "the server is gone"; fi
+    dmesg | tail -n 20
+}
+tell_the_hung() {
+    local task
+    echo "no end after $patience s; waiting in the kernel:"
+    for task in /proc/[0-9]*/task/[0-9]*; do
+        [ "$(cut -d' ' -f3 "$task/stat" 2>/dev/null)" = D ] || continue
+        echo "$(cat "$task/comm"):"; head -n 8 "$task/stack"
+    done
+}
+trap 'status=$?; [ $status -eq 0 ] || tell_all; exit $status' EXIT
+(sleep $patience; tell_the_hung; tell_all) &
+
 fail() { echo "FAIL: $*"; exit 1; }
 step() { local up; read -r up _ < /proc/uptime; echo "[$up] $*"; }
 # Output that matters only when the command fails.

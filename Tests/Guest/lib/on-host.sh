@@ -22,11 +22,12 @@ new_disks() {
 }
 
 # in_guest [Scripts/guest option...]: runs the shell text on standard input with in-guest.sh loaded.
-# The status is the guest's.
+# The status is the guest's. One processor unless the test wants more: emulated ones wake each other
+# slowly, on a busy host ten times so.
 in_guest() {
     { echo '. /payload/lib/in-guest.sh'; cat; } > "$work/script"
     "$checkout/Scripts/guest" --release "$release" --share "$WAFER_GUEST_PAYLOAD" \
-        --modules nbd --timeout 240 --script "$work/script" "$@"
+        --smp 1 --modules nbd --timeout 240 --script "$work/script" "$@"
 }
 
 # What is on the metadata disk must be clean in the eyes of both generations of thin_check. 0.9 says
