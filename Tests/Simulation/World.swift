@@ -46,6 +46,7 @@ public struct WorldOptions {
 /// What went wrong, in words; the seed is the caller's to add.
 public struct WorldFailure: Error, CustomStringConvertible {
     public let description: String
+    public init(description: String) { self.description = description }
 }
 
 public struct WorldCounts: Sendable {
