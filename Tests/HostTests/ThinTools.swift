@@ -21,6 +21,9 @@ enum ThinTools {
         else { return nil }
         return outcome.output.trimmingCharacters(in: .whitespacesAndNewlines) + "/thin_check"
     }()
+
+    /// Those that are there; one test says if one is not.
+    static let checks = [check, newCheck].compactMap { $0 }.filter { access($0, X_OK) == 0 }
 }
 
 /// A thin device as thin_dump sees it.
@@ -35,7 +38,7 @@ extension TestPool {
     /// Both generations of thin_check find nothing. The pool is at rest: either nobody has it
     /// open, or its server has nothing to commit.
     func expectClean(sourceLocation: SourceLocation = #_sourceLocation) throws {
-        for tool in [ThinTools.check, ThinTools.newCheck ?? ""] where access(tool, X_OK) == 0 {
+        for tool in ThinTools.checks {
             let outcome = try Program(tool, [path + "/metadata"], in: scratch).wait()
             try #require(outcome.status == 0, "\(tool): \(outcome)", sourceLocation: sourceLocation)
         }
