@@ -76,9 +76,10 @@ public final class VolumeIO: @unchecked Sendable {
         pool.lock.lock()
         reader = pool.epochs.register()
         index = pool.engineSlot()
+        // Before anybody else gets the lock: an empty slot is there to be taken.
+        pool.engines[index] = .passUnretained(self)
         pool.lock.unlock()
         finished.reserveCapacity(1024)
-        pool.lock.withLock { pool.engines[index] = .passUnretained(self) }
     }
 
     /// - Precondition: nothing is in flight.

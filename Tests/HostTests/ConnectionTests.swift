@@ -159,4 +159,29 @@ let noCommits = ["--commit-interval", "60"]
         try server.stop()
         try pool.expectClean()
     }
+
+    /// The first requests after the start, over as many reactors as there are, to the same blocks.
+    @Test(arguments: Engine.allCases) func firstRequestsOfAll(engine: Engine) throws {
+        let pool = try TestPool(volumes: [("vol", 4 * mebibyte)])
+        let reactors = 8
+        for round in 1...8 {
+            let server = try Server(pool, engine: engine, options: ["--reactors", "\(reactors)"])
+            let clients = try (0..<reactors).map {
+                try Client(server, "vol", via: $0 % 2 == 0 ? .unix : .tcp)
+            }
+            let batches = clients.map { Batch($0) }
+            var pieces = Array(UInt64(0)..<512)
+            var random = Generator(seed: UInt64(round))
+            pieces.shuffle(using: &random)
+            for (index, piece) in pieces.enumerated() {
+                let bytes = pattern(UInt64(round), piece * 2048, 2048)
+                try batches[index % reactors].write(piece * 2048, bytes)
+            }
+            for batch in batches { #expect(try batch.wait().allSatisfy { $0 == 0 }) }
+            #expect(same(try clients[0].read(0, 1 << 20), pattern(UInt64(round), 0, 1 << 20)))
+            try clients[1].trim(0, 4 * mebibyte)
+            try server.stop()
+        }
+        try pool.expectClean()
+    }
 }

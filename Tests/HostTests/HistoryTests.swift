@@ -36,6 +36,7 @@ private final class History {
     private var names = 0
     private(set) var log: [String] = []
 
+    private static let logTail = 8000
     private static let maxVolumes = 6
     private static let maxVolumeBlocks: UInt64 = 40
 
@@ -47,6 +48,12 @@ private final class History {
         pool = try TestPool(data: poolBlocks * block, blockSize: block)
         server = try Server(pool, engine: engine)
         try create()
+    }
+
+    /// For a failure: whether the server still runs, and its last words.
+    var serverState: String {
+        let state = server.program.isRunning ? "runs" : "has ended: \(server.program.wait().status)"
+        return "the server \(state)\n\(server.program.error.suffix(Self.logTail))"
     }
 
     // MARK: - Steps
@@ -357,6 +364,7 @@ private final class History {
                 seed \(seed), step \(history.log.count): \(error)
                 replay: WAFER_HISTORY_SEED=\(seed) swift test --filter HistoryTests
                 \(history.log.suffix(20).joined(separator: "\n"))
+                \(history.serverState)
                 """)
         }
     }

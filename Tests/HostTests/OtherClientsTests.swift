@@ -98,7 +98,8 @@ import Testing
             let arguments = [
                 "--name=job\(index)", "--ioengine=nbd", "--uri=\(server.uri("vol"))",
                 "--size=24m", "--io_size=8m", "--iodepth=32", "--fsync=64", "--verify=crc32c",
-                "--verify_fatal=1", "--do_verify=1", "--randrepeat=0", "--allrandrepeat=0",
+                "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0", "--randrepeat=0",
+                "--allrandrepeat=0",
             ]
             let outcome = try Program.run("fio", arguments + job, in: pool.scratch)
             #expect(outcome.status == 0 && outcome.output.contains("err= 0"), "\(outcome)")
