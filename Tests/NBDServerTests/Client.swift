@@ -89,6 +89,8 @@ final class Client {
             let result = bytes.withUnsafeMutableBytes {
                 recv(socket, $0.baseAddress! + received, count - received, 0)
             }
+            // Other tests' children end while this one waits.
+            if result < 0 && errno == EINTR { continue }
             guard result > 0 else {
                 throw ClientError(result == 0 ? "the server hung up" : "receive: \(errno)")
             }
@@ -103,6 +105,7 @@ final class Client {
         while true {
             let result = recv(socket, &bytes, bytes.count, 0)
             if result == 0 { return true }
+            if result < 0 && errno == EINTR { continue }
             if result < 0 { return errno == ECONNRESET }
         }
     }
