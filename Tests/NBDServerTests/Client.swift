@@ -77,6 +77,7 @@ final class Client {
             let count = bytes.withUnsafeBytes {
                 Glibc.send(socket, $0.baseAddress! + sent, bytes.count - sent, Int32(MSG_NOSIGNAL))
             }
+            if count < 0 && errno == EINTR { continue }
             guard count > 0 else { throw ClientError("send: \(errno)") }
             sent += count
         }
