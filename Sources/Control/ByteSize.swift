@@ -29,7 +29,8 @@ public struct ByteSize: Hashable, Sendable {
         let unit = text.dropFirst(digits.count).uppercased()
         guard
             let shift = Self.units.first(where: {
-                $0.name.isEmpty ? unit.isEmpty || unit == "B" : unit == $0.name || unit == $0.name + "IB"
+                $0.name.isEmpty
+                    ? unit.isEmpty || unit == "B" : unit == $0.name || unit == $0.name + "IB"
             })?.shift
         else {
             let rest = text.dropFirst(digits.count)

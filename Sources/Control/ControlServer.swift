@@ -77,7 +77,9 @@ public final class ControlServer: @unchecked Sendable {
             }
             identity = status.st_ino
             var pipe: [Int32] = [-1, -1]
-            guard Glibc.pipe(&pipe) == 0 else { throw ControlError(cannot: "make", "a pipe", errno) }
+            guard Glibc.pipe(&pipe) == 0 else {
+                throw ControlError(cannot: "make", "a pipe", errno)
+            }
             stopPipe = (pipe[0], pipe[1])
         } catch {
             close(listener)

@@ -57,7 +57,8 @@ public enum PoolGrowth {
         guard size >= device.size else {
             throw ControlError(
                 .refused,
-                "\(device.path) has \(ByteSize(bytes: device.size)) already: a pool does not shrink")
+                "\(device.path) has \(ByteSize(bytes: device.size)) already: a pool does not shrink"
+            )
         }
         guard size % unit == 0 else {
             throw ControlError(

@@ -13,7 +13,8 @@ struct PoolCreate: ParsableCommand {
             """)
 
     @OptionGroup var pool: PoolArgument
-    @Option(help: ArgumentHelp("An existing block device or file for the metadata.", valueName: "dev"))
+    @Option(
+        help: ArgumentHelp("An existing block device or file for the metadata.", valueName: "dev"))
     var metadata: String?
     @Option(help: ArgumentHelp("An existing block device or file for the data.", valueName: "dev"))
     var data: String?
@@ -129,7 +130,9 @@ struct PoolCheckCommand: ParsableCommand {
         }
         print(
             "clean: \(result.devices) devices, \(result.mappings) mappings; in use: "
-                + "\(result.metadataBlocksUsed) metadata blocks, \(result.dataBlocksUsed) data blocks")
+                + "\(result.metadataBlocksUsed) metadata blocks, "
+                + "\(result.dataBlocksUsed) data blocks"
+        )
         if result.needsCheck {
             print("the needs_check flag is set: --clear-needs-check takes it back")
         }

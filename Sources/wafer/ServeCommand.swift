@@ -10,7 +10,8 @@ import Logging
 
 struct ServeCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "serve", abstract: "Serve every volume of a pool as the NBD export of its name.",
+        commandName: "serve",
+        abstract: "Serve every volume of a pool as the NBD export of its name.",
         discussion: """
             Without --unix and --listen the socket is nbd.sock in the pool's directory. SIGTERM or \
             SIGINT: answer what was begun, commit, end. The same once more: end at once.
@@ -26,7 +27,8 @@ struct ServeCommand: ParsableCommand {
         help: ArgumentHelp("Listen on this address (repeatable).", valueName: "host:port"),
         transform: Address.init(parsing:))
     var listen: [Address] = []
-    @Option(help: ArgumentHelp("Threads that serve (default: one a CPU, at most 8).", valueName: "n"))
+    @Option(
+        help: ArgumentHelp("Threads that serve (default: one a CPU, at most 8).", valueName: "n"))
     var reactors: Int?
     @Flag(help: "Change nothing, neither volumes nor metadata.")
     var readOnly = false
@@ -34,7 +36,9 @@ struct ServeCommand: ParsableCommand {
     var pidFile: String?
     @Option(
         parsing: .unconditional,
-        help: ArgumentHelp("Memory for the metadata cache (default: 64MiB).", valueName: "size"),
+        help: ArgumentHelp(
+            "Memory for the metadata cache (default: a sixteenth of the machine's, at most 64MiB).",
+            valueName: "size"),
         transform: size)
     var cacheSize: ByteSize?
     @Option(
@@ -55,8 +59,9 @@ struct ServeCommand: ParsableCommand {
     var io = ServeOptions.IOChoice.auto
     @Option(
         help: ArgumentHelp(
-            "trace, debug, info, notice, warning, error or critical.", valueName: "level"))
-    var logLevel = Logger.Level.info
+            "trace, debug, info, notice, warning, error or critical (default: info).",
+            valueName: "level"), transform: Self.level)
+    var logLevel: Logger.Level?
 
     private static let maxReactors = 256
     private static let defaultMaxReactors = 8
@@ -83,7 +88,7 @@ struct ServeCommand: ParsableCommand {
 
     func run() throws {
         var signals = Self.blockSignals()
-        let level = logLevel
+        let level = logLevel ?? .info
         LoggingSystem.bootstrap { label in
             var handler = StreamLogHandler.standardError(label: label)
             handler.logLevel = level
@@ -125,6 +130,13 @@ struct ServeCommand: ParsableCommand {
         }
         options.pool.commitInterval = UInt64(commitInterval * 1e9)
         return options
+    }
+
+    @Sendable private static func level(_ text: String) throws -> Logger.Level {
+        guard let level = Logger.Level(rawValue: text) else {
+            throw ValidationError("there is no such level")
+        }
+        return level
     }
 
     // MARK: - Signals
@@ -186,4 +198,3 @@ struct Address: Equatable {
 }
 
 extension ServeOptions.IOChoice: ExpressibleByArgument {}
-extension Logger.Level: @retroactive ExpressibleByArgument {}

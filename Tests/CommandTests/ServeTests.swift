@@ -118,11 +118,13 @@ import ThinPool
 
         server = try TestServer(scratch)
         for (export, command) in [
-            ("vol", "read -P 0x11 1M 1M"), ("vol", "read -P 0x5a 2M 2M"), ("vol", "read -P 7 31M 1M"),
+            ("vol", "read -P 0x11 1M 1M"), ("vol", "read -P 0x5a 2M 2M"),
+            ("vol", "read -P 7 31M 1M"),
             ("vol", "read -P 0 0 1M"), ("snap", "read -P 0x5a 1M 3M"), ("snap", "read -P 0 4M 27M"),
         ] {
             let read = try server.client(export, command)
-            #expect(read.status == 0 && !read.output.contains("fail"), "\(export) \(command): \(read)")
+            #expect(
+                read.status == 0 && !read.output.contains("fail"), "\(export) \(command): \(read)")
         }
         #expect(server.stop().status == 0)
     }
@@ -146,7 +148,8 @@ import ThinPool
             ("snap", "read -P 0x5a 0 4M"),
         ] {
             let read = try next.client(export, command)
-            #expect(read.status == 0 && !read.output.contains("fail"), "\(export) \(command): \(read)")
+            #expect(
+                read.status == 0 && !read.output.contains("fail"), "\(export) \(command): \(read)")
         }
         #expect(next.stop().status == 0)
         try scratch.expectIntact(["snap", "vol"])
@@ -194,7 +197,8 @@ import ThinPool
         let program = try #require(Program.find("qemu-io"), "qemu-io is missing")
         let uri = "nbd+unix:///vol?socket=\(big)/nbd.sock"
         let writer = try Program.Running(
-            program, ["-f", "raw", uri] + (0..<16).flatMap { ["-c", "write -P 1 \($0 * 20)M 20M"] },
+            program,
+            ["-f", "raw", uri] + (0..<16).flatMap { ["-c", "write -P 1 \($0 * 20)M 20M"] },
             in: scratch.folder)
         let written = writer.wait()
         try #require(written.status == 0, "\(written)")
@@ -296,7 +300,9 @@ import ThinPool
             String(repeating: "[", count: 60_000), "\u{0}\u{1}",
         ] {
             let answer = try talk(Array((line + "\n").utf8))
-            #expect(answer.hasPrefix("{\"failed\":") && answer.hasSuffix("\n"), "\(line.prefix(80)): \(answer)")
+            #expect(
+                answer.hasPrefix("{\"failed\":") && answer.hasSuffix("\n"),
+                "\(line.prefix(80)): \(answer)")
         }
         // Too long for a request, without an end, nothing at all.
         #expect(try talk(Array(repeating: UInt8(ascii: "x"), count: 1 << 20)) == "")

@@ -102,7 +102,8 @@ final class Scratch {
         -> String
     {
         let outcome = try run(arguments)
-        try #require(outcome.status == 0, "\(arguments): \(outcome)", sourceLocation: sourceLocation)
+        try #require(
+            outcome.status == 0, "\(arguments): \(outcome)", sourceLocation: sourceLocation)
         return outcome.output
     }
 

@@ -13,7 +13,8 @@ import ThinPool
     }
 
     @Test(arguments: [
-        "", "a b", "a/b", "..", ".hidden", "ä", "a\nb", "a\tb", "*", String(repeating: "x", count: 256),
+        "", "a b", "a/b", "..", ".hidden", "ä", "a\nb", "a\tb", "*",
+        String(repeating: "x", count: 256),
     ])
     func invalidNames(name: String) throws {
         for verb in [
@@ -92,7 +93,8 @@ import ThinPool
         #expect(volumes[0].origin == "vol" && volumes[0].size == 32 << 20)
         #expect(volumes.allSatisfy { $0.state == .ready && $0.connections == 0 })
         let status = try JSONDecoder().decode(
-            PoolStatus.self, from: Data(try scratch.must("pool", "status", scratch.pool, "--json").utf8))
+            PoolStatus.self,
+            from: Data(try scratch.must("pool", "status", scratch.pool, "--json").utf8))
         #expect(status.mode == .writable && status.volumes == 2 && status.dataBlocks == 1024)
         #expect(status.problems.isEmpty && status.reason == nil)
     }
@@ -123,7 +125,8 @@ import ThinPool
         try scratch.must("pool", "grow", scratch.pool, "--data-size", "128MiB")
         try scratch.must("pool", "grow", scratch.pool, "--metadata-size", "8MiB")
         let status = try JSONDecoder().decode(
-            PoolStatus.self, from: Data(try scratch.must("pool", "status", scratch.pool, "--json").utf8))
+            PoolStatus.self,
+            from: Data(try scratch.must("pool", "status", scratch.pool, "--json").utf8))
         #expect(status.dataBlocks == 2048 && status.metadataBlocks == 2048)
         try scratch.expectIntact()
         for arguments in [["--data-size", "64MiB"], ["--metadata-size", "2MiB"]] {
@@ -138,13 +141,13 @@ import ThinPool
     @Test func adopts() throws {
         let xml = scratch.path("pool.xml")
         try """
-            <superblock uuid="" time="0" transaction="1" version="2" data_block_size="128" \
-            nr_data_blocks="1024">
-              <device dev_id="7" mapped_blocks="2" transaction="0" creation_time="0" snap_time="0">
-                <range_mapping origin_begin="0" data_begin="5" length="2" time="0"/>
-              </device>
-            </superblock>
-            """.write(toFile: xml, atomically: true, encoding: .utf8)
+        <superblock uuid="" time="0" transaction="1" version="2" data_block_size="128" \
+        nr_data_blocks="1024">
+          <device dev_id="7" mapped_blocks="2" transaction="0" creation_time="0" snap_time="0">
+            <range_mapping origin_begin="0" data_begin="5" length="2" time="0"/>
+          </device>
+        </superblock>
+        """.write(toFile: xml, atomically: true, encoding: .utf8)
         let restore = try scratch.tool("thin_restore", "-i", xml, "-o", scratch.pool + "/metadata")
         try #require(restore.status == 0, "\(restore)")
         #expect(try scratch.names() == [nil])
@@ -153,8 +156,10 @@ import ThinPool
         try scratch.must("volume", "adopt", scratch.pool, "7", "seven", "1MiB")
         try scratch.expectIntact(["seven"])
         for (arguments, words) in [
-            (["7", "again", "1MiB"], "has a name already"), (["8", "eight", "1MiB"], "no thin device"),
-            (["16777215", "catalogue", "1MiB"], "no thin device"), (["7", "seven", "1MiB"], "exists"),
+            (["7", "again", "1MiB"], "has a name already"),
+            (["8", "eight", "1MiB"], "no thin device"),
+            (["16777215", "catalogue", "1MiB"], "no thin device"),
+            (["7", "seven", "1MiB"], "exists"),
         ] {
             let outcome = try scratch.run(["volume", "adopt", scratch.pool] + arguments)
             #expect(outcome.isFailure && outcome.error.contains(words), "\(outcome)")

@@ -77,6 +77,7 @@ final class Client {
             let count = bytes.withUnsafeBytes {
                 Glibc.send(socket, $0.baseAddress! + sent, bytes.count - sent, Int32(MSG_NOSIGNAL))
             }
+            if count < 0 && errno == EINTR { continue }
             guard count > 0 else { throw ClientError("send: \(errno)") }
             sent += count
         }
@@ -89,6 +90,8 @@ final class Client {
             let result = bytes.withUnsafeMutableBytes {
                 recv(socket, $0.baseAddress! + received, count - received, 0)
             }
+            // Other tests' children end while this one waits.
+            if result < 0 && errno == EINTR { continue }
             guard result > 0 else {
                 throw ClientError(result == 0 ? "the server hung up" : "receive: \(errno)")
             }
@@ -103,6 +106,7 @@ final class Client {
         while true {
             let result = recv(socket, &bytes, bytes.count, 0)
             if result == 0 { return true }
+            if result < 0 && errno == EINTR { continue }
             if result < 0 { return errno == ECONNRESET }
         }
     }
