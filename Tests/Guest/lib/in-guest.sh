@@ -37,7 +37,7 @@ until_true() {
     until "$@"; do [ $SECONDS -lt $end ] || return 1; sleep 0.2; done
 }
 
-# --- pool and server ------------------------------------------------------------------------------
+# --- pool and server  --------------------------------
 create_pool() { quietly wafer pool create $pool --metadata /dev/d0 --data /dev/d1 "$@"; }
 # The folder is gone after a power cut, the disks are not; all it says is which disks they are.
 find_pool_again() { mkdir -p $pool; ln -s /dev/d0 $pool/metadata; ln -s /dev/d1 $pool/data; }
@@ -61,7 +61,7 @@ used_at_most() { [ "$(used_blocks)" -le "$1" ]; }
 # The thin device behind a volume.
 device_id() { wafer volume list $pool --json | jq -r --arg n "$1" '.[] | select(.name == $n).id'; }
 
-# --- the kernel's client ----------------------------------------------------------------------------
+# --- the kernel's client  --------------------------------
 # attach N VOLUME [nbd-client option...]
 attach() {
     local device=/dev/nbd$1 volume=$2; shift 2
@@ -73,7 +73,7 @@ detach() { quietly nbd-client -d "/dev/nbd$1"; }
 drop_caches() { sync; echo 3 > /proc/sys/vm/drop_caches; }
 digest() { md5sum < "$1" | cut -d' ' -f1; }
 
-# --- dm-thin on the same disks ------------------------------------------------------------------------
+# --- dm-thin on the same disks  --------------------------------
 # dm_start_pool [BLOCK_SECTORS]: an empty metadata disk becomes a new pool, another one is opened.
 dm_start_pool() {
     local block=${1:-128} sectors

@@ -4,7 +4,8 @@
 #   WAFER_GUEST_RELEASE   the guest's Debian release
 #   WAFER_GUEST_PAYLOAD   folder with bin/wafer, shared with the guest
 set -euo pipefail
-[ -n "${WAFER_GUEST_PAYLOAD:-}" ] || { echo "start it as Tests/Guest/run $(basename "$0")" >&2; exit 64; }
+[ -n "${WAFER_GUEST_PAYLOAD:-}" ] ||
+    { echo "start it as Tests/Guest/run $(basename "$0")" >&2; exit 64; }
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 release=$WAFER_GUEST_RELEASE
 work=$(mktemp -d "${TMPDIR:-/tmp}/guest-test.XXXXXX")
