@@ -1,6 +1,7 @@
 // Programs that a test starts, and the directory that it works in.
 //
-// 1. A test ends only what it started, by its process id, and waits for it.
+// 1. A test ends only what it started, by its process id, and waits for it; if the test run itself
+//    is ended, the watchdog does.
 // 2. Its standard streams are files; what a test opens is closed on exec.
 
 import Foundation
@@ -84,10 +85,12 @@ final class Program: @unchecked Sendable {
         defer { for string in argv + envp { free(string) } }
         argv.append(nil)
         envp.append(nil)
+        let watchdog = Watchdog.shared
         var pid = pid_t()
         let code = posix_spawn(&pid, program, &actions, nil, argv, envp)
         guard code == 0 else { throw Failure("cannot start \(program): \(code)") }
         self.pid = pid
+        watchdog.started(pid)
     }
 
     deinit {
@@ -125,7 +128,12 @@ final class Program: @unchecked Sendable {
         ended.withLock { ended in
             if let ended { return ended }
             var status: Int32 = 0
-            guard waitpid(pid, &status, options) == pid else { return nil }
+            var info = siginfo_t()
+            guard waitid(P_PID, id_t(pid), &info, WEXITED | WNOWAIT | options) == 0,
+                info.si_signo == SIGCHLD
+            else { return nil }
+            Watchdog.shared.ending(pid)
+            guard waitpid(pid, &status, 0) == pid else { return nil }
             ended = status & 0x7f == 0 ? status >> 8 & 0xff : 128 + (status & 0x7f)
             return ended
         }

@@ -7,6 +7,7 @@ pool=/scratch/pool server=''
 
 # A test that fails or hangs tells what the server said and where the kernel stands.
 patience=200
+dmesg --clear                                   # of the start, nobody wants to read
 tell_all() {
     if [ -e /scratch/serve.log ]; then echo "the server's log:"; tail -n 40 /scratch/serve.log; fi
     if [ -n "$server" ] && ! kill -0 "$server" 2>/dev/null; then echo "the server is gone"; fi
