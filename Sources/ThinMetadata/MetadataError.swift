@@ -41,7 +41,7 @@ public enum MetadataError: Error, Equatable, CustomStringConvertible {
             return "the pool has used up its 16,777,215 snapshots; copy it to a new pool"
         case .needsCheck(let path):
             return "\(path) is marked as needing a check; "
-                + "run thin_check, then thin_check --clear-needs-check-flag"
+                + "run thin_check, then wafer pool check --clear-needs-check"
         }
     }
 }
