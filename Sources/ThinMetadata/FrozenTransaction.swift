@@ -19,6 +19,8 @@ public struct FreedBlocks: Equatable, Sendable {
     public var discarded: [DataBlock]
     /// By insert: copied on write.
     public var replaced: [DataBlock]
+    /// Something lost one of several references: what was shared may be somebody's own now.
+    public var unshared = false
 }
 
 public final class FrozenTransaction: @unchecked Sendable {

@@ -33,7 +33,9 @@ extension ThinMetadata {
         let transaction = FrozenTransaction(
             contents: builder.sorted(), superblock: builder.copy(superblock.bytes),
             owned: builder.owned, cache: store.cache, quarantine: store.quarantine,
-            freed: FreedBlocks(discarded: store.discarded, replaced: store.replaced),
+            freed: FreedBlocks(
+                discarded: store.discarded, replaced: store.replaced,
+                unshared: store.hasUnshared),
             dataPages: dataPages, metadataPages: metadataPages)
         store.quarantine = []
         store.discarded = []

@@ -83,6 +83,8 @@ public final class Pool: @unchecked Sendable {
     }
     var drains: [(stamp: UInt64, what: Drained)] = []
     let drainsPending = Atomic<Bool>(false)
+    /// Stamp of the last durable commit in which something stopped being shared.
+    var lastUnshared: UInt64 = 0
     /// Blocks that nobody can touch any more and that still have to be passed down.
     var discards: [DataBlock] = []
 
@@ -221,8 +223,11 @@ public final class Pool: @unchecked Sendable {
     }
 
     /// The path proves that the block is the volume's alone: from now on it is written in place.
+    ///
+    /// A volume that shared it and has unmapped it may still have a read of it in flight, which
+    /// must not see what is written now: so only once those have drained.
     func isExclusive(_ volume: Volume, _ block: UInt64, _ mapping: Mapping) -> Bool {
-        guard (try? metadata.isExclusive(volume.id, VirtualBlock(block))) == true else {
+        guard epochs.hasDrained(lastUnshared), (try? metadata.isExclusive(volume.id, VirtualBlock(block))) == true else {
             return false
         }
         // Only the table says so; the mapping on disk keeps its time.

@@ -222,6 +222,7 @@ extension Pool {
             transaction.copySuperblock(to: $0.baseAddress!)
         }
         durableSequence.store(worker.committing, ordering: .releasing)
+        if freed.unshared { lastUnshared = epochs.retire() }
         if !freed.discarded.isEmpty || !freed.replaced.isEmpty {
             let stamp = epochs.retire()
             if !freed.discarded.isEmpty {

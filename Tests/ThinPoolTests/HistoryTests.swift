@@ -25,4 +25,10 @@ import Testing
         // The histories did what they are for.
         #expect(cuts > 0 && snapshots > 0)
     }
+
+    /// A read in flight of a block that its volume has unmapped meanwhile, so that the block became
+    /// another volume's alone and was written in place: the read must not see that.
+    @Test func readInFlightSeesNothingOfTheBlocksNextOwner() throws {
+        _ = try History(seed: 639).run()
+    }
 }
