@@ -15,6 +15,11 @@ import ThinPool
 
 public final class ControlServer: @unchecked Sendable {
     private static let maxConnections = 16
+    /// Milliseconds that a client may take to ask, whoever else wants its place; and for which
+    /// one more client waits for a place.
+    fileprivate static let leastSilence = 1000
+    private static let patienceForRoom = 3000
+    private static let pauseForRoom: UInt32 = 10
     /// Milliseconds for a request to come, and for a response to be taken.
     private static let requestTimeout = 10_000
     private static let responseTimeout = 10_000
@@ -40,11 +45,14 @@ public final class ControlServer: @unchecked Sendable {
         var open: [ObjectIdentifier: Connection] = [:]
         var isStopping = false
 
-        /// Hangs up on the client that has been silent for longest; false if all are being served.
+        /// Hangs up on the client that has been silent for longest; false if all are being served,
+        /// or have come so lately that what they ask is still on its way.
         mutating func makeRoom() -> Bool {
             let longest = open.filter { $0.value.silentSince != nil }
                 .min { $0.value.silentSince! < $1.value.silentSince! }
-            guard let longest else { return false }
+            guard let longest,
+                longest.value.silentSince! + ControlServer.leastSilence <= monotonicMilliseconds()
+            else { return false }
             longest.value.socket.shutDown()
             open[longest.key] = nil
             return true
@@ -151,14 +159,23 @@ public final class ControlServer: @unchecked Sendable {
         }
     }
 
-    private func begin(_ socket: ControlSocket) {
-        let hasRoom = connections.withLock { connections in
+    private func admit(_ socket: ControlSocket) -> Bool {
+        connections.withLock { connections in
             guard connections.open.count < Self.maxConnections || connections.makeRoom() else {
                 return false
             }
             connections.open[ObjectIdentifier(socket)] = Connection(
                 socket: socket, silentSince: monotonicMilliseconds())
             return true
+        }
+    }
+
+    private func begin(_ socket: ControlSocket) {
+        let deadline = monotonicMilliseconds() + Self.patienceForRoom
+        var hasRoom = admit(socket)
+        while !hasRoom, monotonicMilliseconds() < deadline {
+            sleepMilliseconds(Self.pauseForRoom)
+            hasRoom = admit(socket)
         }
         guard hasRoom else {
             let error = ControlError(
