@@ -187,7 +187,6 @@ public final class Pool: @unchecked Sendable {
             tablePagesUsed += volume.table.pages - before
         } catch {
             // Reading failed; nothing was changed, so this is the request's error alone.
-            lastReadError = error.description
             return .failure(EIO)
         }
         evictTablePages(keeping: volume)
@@ -197,7 +196,6 @@ public final class Pool: @unchecked Sendable {
         }
     }
     var tablePagesUsed = 0
-    var lastReadError: String?
 
     /// Keeps the tables within their bound: pages of the volumes in turn.
     private func evictTablePages(keeping: Volume) {
@@ -244,7 +242,6 @@ public final class Pool: @unchecked Sendable {
                 return .success(block)
             }
         } catch {
-            lastReadError = error.description
             return .failure(EIO)
         }
         // Freed but not yet allocatable: a commit (and the end of old I/O) gives them back.

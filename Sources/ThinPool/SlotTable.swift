@@ -11,7 +11,6 @@ struct SlotTable<Element: BitwiseCopyable>: ~Copyable {
     /// Free slots, most recently used last.
     private var free: UnsafeMutablePointer<Int32>
     private var freeCount = 0
-    private var freeCapacity = 0
     private let initial: Element
 
     init(_ initial: Element) {
@@ -25,8 +24,6 @@ struct SlotTable<Element: BitwiseCopyable>: ~Copyable {
         chunks.deallocate()
         free.deallocate()
     }
-
-    var used: Int { chunkCount * Self.chunkSlots - freeCount }
 
     @inline(__always)
     subscript(index: Int32) -> UnsafeMutablePointer<Element> {
@@ -53,7 +50,6 @@ struct SlotTable<Element: BitwiseCopyable>: ~Copyable {
         let larger = UnsafeMutablePointer<Int32>.allocate(capacity: chunkCount * Self.chunkSlots)
         free.deallocate()
         free = larger
-        freeCapacity = chunkCount * Self.chunkSlots
         let first = Int32((chunkCount - 1) * Self.chunkSlots)
         for i in 0..<Int32(Self.chunkSlots) {
             free[Int(i)] = first + Int32(Self.chunkSlots) - 1 - i

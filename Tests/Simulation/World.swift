@@ -81,7 +81,6 @@ public final class World {
 
     private var workerIO: [(index: Int, io: WorkerIO)] = []
     private var workerResults: [Int32] = []
-    private var workerDeadline: UInt64?
 
     private final class Reactor {
         let io: SimulatedDataIO
@@ -422,8 +421,7 @@ public final class World {
             workerIsBusy = true
         case .again:
             workerIsBusy = true
-        case .wait(let deadline):
-            workerDeadline = deadline
+        case .wait:
             workerIsBusy = false
         }
     }
