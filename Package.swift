@@ -53,7 +53,8 @@ let package = Package(
 
         // The simulator: pool, metadata and commit code over simulated disks, clock and clients.
         .target(
-            name: "Simulation", dependencies: ["ThinPool", "ThinMetadata", "BlockIO"],
+            name: "Simulation",
+            dependencies: ["NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO"],
             path: "Tests/Simulation", swiftSettings: swiftSettings),
         .executableTarget(
             name: "simulate",

@@ -9,7 +9,7 @@
 import BlockIO
 import Glibc
 
-final class BufferPool {
+package final class BufferPool {
     /// Bytes that may be allocated at any time.
     let capacity: Int
     /// Kept buffers are freed above this.
@@ -23,12 +23,12 @@ final class BufferPool {
     private var waiters = WaitQueue()
 
     static let smallest = 4096
-    static let largest = 32 << 20
+    package static let largest = 32 << 20
     private static let classCount = 14
     private static let defaultKeptLimit = 64 << 20
 
     /// - Precondition: `capacity` holds a buffer of the largest size.
-    init(capacity: Int) {
+    package init(capacity: Int) {
         precondition(capacity >= Self.largest)
         self.capacity = capacity
         keptLimit = min(capacity, Self.defaultKeptLimit)
@@ -91,7 +91,7 @@ final class BufferPool {
     }
 
     /// The first that waits, if there is room for it now.
-    var nextServed: Int? {
+    package var nextServed: Int? {
         guard let first = waiters.first else { return nil }
         let size = Self.smallest << Self.sizeClass(first.length)
         return inUse + size <= capacity ? first.owner : nil

@@ -11,8 +11,8 @@ import Glibc
 import NBDProtocol
 import ThinPool
 
-final class Connection {
-    enum Phase { case handshake, transmission, draining, closed }
+package final class Connection {
+    package enum Phase { case handshake, transmission, draining, closed }
 
     let socket: Int32
     let index: Int
@@ -20,15 +20,15 @@ final class Connection {
     /// Who it is, for the log.
     let peer: String
 
-    private(set) var phase = Phase.handshake
+    package private(set) var phase = Phase.handshake
     private let buffers: BufferPool
 
     // The reactor's bookkeeping.
-    var isReceiving = false
-    var isSending = false
+    package var isReceiving = false
+    package var isSending = false
     /// In the reactor's list of connections to look after at the end of the turn.
     var isMarked = false
-    var isShutDown = false
+    package var isShutDown = false
     var isAnnounced = false
     var hasWarned = false
     /// Bytes received and sent, and how many there were when the reactor last began to watch.
@@ -50,16 +50,16 @@ final class Connection {
     private let greetingMessage: UnsafeMutablePointer<msghdr>
     private let greetingVector: UnsafeMutablePointer<iovec>
 
-    private(set) var transmission: Transmission?
+    package private(set) var transmission: Transmission?
     /// The export's name, once there is one.
-    private(set) var exportName: String?
+    package private(set) var exportName: String?
     /// What went wrong, in words, if anything did.
-    private(set) var problem: String?
+    package private(set) var problem: String?
 
     /// Enough for any option that a client sends; longer ones arrive in pieces.
     private static let greetingCapacity = 4096
 
-    init(
+    package init(
         socket: Int32, index: Int, generation: UInt32, peer: String, exports: PoolExports,
         buffers: BufferPool, tick: UInt64, handshakeDeadline: UInt64
     ) {
@@ -86,18 +86,18 @@ final class Connection {
     }
 
     /// The volume that the connection holds open; the reactor closes it when the connection goes.
-    var volume: Volume? { exports.opened }
+    package var volume: Volume? { exports.opened }
 
     // MARK: - Events
 
     /// The socket is there: the server speaks first.
-    func begin(_ sink: some RequestSink) {
+    package func begin(_ sink: some RequestSink) {
         advanceHandshake(sink)
     }
 
     /// `result` bytes were received where `receiveSpace` said; 0: the stream has ended; negative:
     /// -errno.
-    func received(_ result: Int32, _ sink: some RequestSink) {
+    package func received(_ result: Int32, _ sink: some RequestSink) {
         moved += UInt64(max(result, 0))
         if phase == .closed || result < 0 {
             transmission?.received(0, sink)
@@ -131,7 +131,7 @@ final class Connection {
     }
 
     /// `result` bytes of `nextMessage` were sent; negative: -errno.
-    func sent(_ result: Int32, _ sink: some RequestSink) {
+    package func sent(_ result: Int32, _ sink: some RequestSink) {
         moved += UInt64(max(result, 0))
         if phase == .closed || result <= 0 {
             transmission?.sent(0)
@@ -152,18 +152,18 @@ final class Connection {
     }
 
     /// Memory that the connection waited for may be there.
-    func resume(_ sink: some RequestSink) {
+    package func resume(_ sink: some RequestSink) {
         guard phase == .transmission else { return }
         transmission!.resume(sink)
         lookAtTransmission()
     }
 
-    func finish(slot: Int, code: Int32) {
+    package func finish(slot: Int, code: Int32) {
         transmission!.finish(slot, code: code)
     }
 
     /// The server stops: requests in flight are still answered.
-    func stop() {
+    package func stop() {
         switch phase {
         case .handshake: breakOff(nil)
         case .transmission:
@@ -174,7 +174,7 @@ final class Connection {
     }
 
     /// Ends the connection without regard to what is in flight.
-    func breakOff(_ problem: String?) {
+    package func breakOff(_ problem: String?) {
         if self.problem == nil && phase != .closed { self.problem = problem }
         phase = .closed
         transmission?.breakOff(isSending: isSending)
@@ -183,7 +183,7 @@ final class Connection {
     // MARK: - What the reactor does next
 
     /// Where received bytes go; nil: nothing is to be received now.
-    func receiveSpace() -> UnsafeMutableRawBufferPointer? {
+    package func receiveSpace() -> UnsafeMutableRawBufferPointer? {
         switch phase {
         case .handshake:
             // One option at a time: the next is read when the answer has gone.
@@ -197,7 +197,7 @@ final class Connection {
         }
     }
 
-    func nextMessage() -> UnsafePointer<msghdr>? {
+    package func nextMessage() -> UnsafePointer<msghdr>? {
         guard phase != .closed else { return nil }
         if greetingOutput != nil {
             greetingMessage.pointee.msg_iov = greetingVector
@@ -208,14 +208,14 @@ final class Connection {
     }
 
     /// Everything was answered and sent: the socket can be shut down.
-    var isDrained: Bool {
+    package var isDrained: Bool {
         guard phase == .draining, greetingOutput == nil else { return false }
         guard let transmission else { return true }
         return transmission.inFlight == 0 && !transmission.hasReplies
     }
 
     /// Nobody holds anything of this connection any more.
-    var isGone: Bool {
+    package var isGone: Bool {
         phase == .closed && !isReceiving && !isSending && (transmission?.occupied ?? 0) == 0
     }
 

@@ -3,7 +3,7 @@
 import NBDProtocol
 import ThinPool
 
-struct PoolExports: ExportDirectory {
+package struct PoolExports: ExportDirectory {
     let pool: Pool
     let isReadOnly: Bool
     /// The volume of the export that was opened; whoever takes it closes it.
@@ -11,15 +11,20 @@ struct PoolExports: ExportDirectory {
 
     private static let description = "thin volume"
 
-    func exportNames() -> [String] { pool.volumeNames() }
+    package init(pool: Pool, isReadOnly: Bool) {
+        self.pool = pool
+        self.isReadOnly = isReadOnly
+    }
 
-    func describe(_ name: String) -> Export? {
+    package func exportNames() -> [String] { pool.volumeNames() }
+
+    package func describe(_ name: String) -> Export? {
         guard let volume = volume(name) else { return nil }
         defer { pool.close(volume) }
         return export(volume)
     }
 
-    mutating func open(_ name: String) -> Export? {
+    package mutating func open(_ name: String) -> Export? {
         guard let volume = volume(name) else { return nil }
         precondition(opened == nil, "a handshake opened two exports")
         opened = volume

@@ -14,13 +14,13 @@ import NBDProtocol
 import ThinPool
 
 /// Where requests go: the engine of the reactor, or a test's.
-protocol RequestSink {
+package protocol RequestSink {
     func submit(_ request: VolumeRequest)
 }
 
 extension VolumeIO: RequestSink {}
 
-final class Transmission {
+package final class Transmission {
     /// Requests that a connection may have from header to sent reply. The kernel's client has at
     /// most 128.
     static let slotCount = 256
@@ -123,7 +123,7 @@ final class Transmission {
     }
 
     /// The connection and slot of a cookie that was given to the engine.
-    static func place(of cookie: UInt64) -> (owner: Int, slot: Int) {
+    package static func place(of cookie: UInt64) -> (owner: Int, slot: Int) {
         (Int(cookie >> 32), Int(UInt32(truncatingIfNeeded: cookie)))
     }
 

@@ -37,9 +37,6 @@ struct PreparedChange {
 }
 
 extension Pool {
-    /// Mappings up to which a device is deleted in one go.
-    private static let smallDeletion: UInt64 = 4096
-
     /// Asks for a change. `completion` is called once, on any thread and under the pool's lock:
     /// with nil when the change is durable.
     public func request(
@@ -120,7 +117,7 @@ extension Pool {
             next.volumes.removeAll { $0.name == name }
             do throws(MetadataError) {
                 let mapped = try metadata.details(device)?.mappedBlocks ?? 0
-                deletesAtOnce = mapped <= Self.smallDeletion
+                deletesAtOnce = mapped <= options.bounds.smallDeletion
             } catch { throw PoolError(error) }
             if !deletesAtOnce { next.deleting.append(device.rawValue) }
         case .forget(let id):

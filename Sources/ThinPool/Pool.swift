@@ -14,6 +14,27 @@ import Glibc
 import Synchronization
 import ThinMetadata
 
+/// How much is done at once, so that nobody waits long for the pool's lock or takes too much memory.
+public struct PoolBounds: Sendable {
+    /// Larger blocks are copied and filled in pieces of this many bytes.
+    public var copyPiece = 1 << 20
+    /// Copies in flight of one reactor that need a buffer of such a piece.
+    public var bounces = 64
+    /// Steps that one request may have outstanding, so that a 4 GiB request needs no more slots.
+    public var window: Int32 = 64
+    /// A run of adjacent blocks becomes one I/O of at most this many bytes.
+    public var run: UInt64 = 4 << 20
+    /// Mappings that one turn unmaps before others have theirs.
+    public var unmapBatch = 512
+    /// Mappings up to which a device is deleted in one go, not in the background.
+    public var smallDeletion: UInt64 = 4096
+    /// Mappings that one slice of a background deletion gives back.
+    public var deletionSlice = 2048
+    /// Discards passed down between two commits.
+    public var discardsPerStep = 32
+    public init() {}
+}
+
 public struct PoolOptions: Sendable {
     /// Nanoseconds between a change of the map and its commit, when nobody asks for one.
     public var commitInterval: UInt64 = 1_000_000_000
@@ -24,13 +45,13 @@ public struct PoolOptions: Sendable {
     /// Give discarded blocks back to the data device.
     public var passDiscardsDown = true
     public var readOnly = false
+    public var bounds = PoolBounds()
     public init() {}
 }
 
 public final class Pool: @unchecked Sendable {
     /// Blocks up to this size are copied and filled in one piece.
     let copyPiece: Int
-    private static let largestPiece = 1 << 20
 
     let lock = PoolLock()
     let epochs = Epochs()
@@ -115,7 +136,7 @@ public final class Pool: @unchecked Sendable {
             throw PoolError(error)
         }
         blockSize = UInt64(metadata.dataBlockSectors) * Layout.sectorSize
-        copyPiece = Int(min(blockSize, UInt64(Self.largestPiece)))
+        copyPiece = Int(min(blockSize, UInt64(options.bounds.copyPiece)))
         zeroes = aligned_alloc(4096, copyPiece)!
         memset(zeroes, 0, copyPiece)
 

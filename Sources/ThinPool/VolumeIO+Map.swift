@@ -9,9 +9,6 @@ import Glibc
 import ThinMetadata
 
 extension VolumeIO {
-    /// Mappings that one turn unmaps before others have theirs.
-    private static var unmapBatch: Int { 512 }
-
     func resolve(_ index: Int32) {
         let step = steps[index]
         let volume = requests[step.pointee.request].pointee.volume!.takeUnretainedValue()
@@ -93,7 +90,7 @@ extension VolumeIO {
             }
             range = range.lowerBound..<busy
         }
-        switch pool.unmap(volume, range, limit: Self.unmapBatch) {
+        switch pool.unmap(volume, range, limit: pool.options.bounds.unmapBatch) {
         case .failure(let error):
             fail(index, error)
         case .success(let next):

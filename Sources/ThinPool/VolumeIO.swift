@@ -15,17 +15,12 @@ import Synchronization
 import ThinMetadata
 
 public final class VolumeIO: @unchecked Sendable {
-    /// Steps that one request may have outstanding, so that a 4 GiB request needs no more slots.
-    static let window: Int32 = 64
-    /// A run of adjacent blocks becomes one I/O of at most this many bytes.
-    static let maxRun: UInt64 = 4 << 20
-    /// Copies of blocks in flight that need a buffer.
-    static let maxBounces = 64
     static let flushTag: UInt64 = 1 << 32
 
     let pool: Pool
     let io: any DataIO
     let wake: @Sendable () -> Void
+    private let bounds: PoolBounds
     let blockSize: UInt64
     let blockShift: UInt64?
     /// Index among the pool's engines, and slot among the epoch's readers.
@@ -69,6 +64,7 @@ public final class VolumeIO: @unchecked Sendable {
         self.pool = pool
         self.io = io
         self.wake = wake
+        bounds = pool.options.bounds
         blockSize = pool.blockSize
         blockShift =
             pool.blockSize.nonzeroBitCount == 1
@@ -211,7 +207,7 @@ public final class VolumeIO: @unchecked Sendable {
         let volume = request.pointee.volume!.takeUnretainedValue()
         let end = request.pointee.end
         var cursor = request.pointee.cursor
-        while cursor < end, request.pointee.pending < Self.window {
+        while cursor < end, request.pointee.pending < bounds.window {
             let block = block(of: cursor)
             var limit = min(end, (block + 1) * blockSize)
             let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
@@ -223,7 +219,7 @@ public final class VolumeIO: @unchecked Sendable {
             case .mapped(let mapping):
                 var next = mapping.block.rawValue + 1
                 var run = block + 1
-                while limit < end, limit - cursor < Self.maxRun,
+                while limit < end, limit - cursor < bounds.run,
                     case .mapped(let following) = volume.table.lookup(run),
                     following.block.rawValue == next
                 {
@@ -247,7 +243,7 @@ public final class VolumeIO: @unchecked Sendable {
         let end = request.pointee.end
         var cursor = request.pointee.cursor
         let gate = volume.openGate
-        while cursor < end, request.pointee.pending < Self.window {
+        while cursor < end, request.pointee.pending < bounds.window {
             let block = block(of: cursor)
             var limit = min(end, (block + 1) * blockSize)
             let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
@@ -256,7 +252,7 @@ public final class VolumeIO: @unchecked Sendable {
             {
                 var next = mapping.block.rawValue + 1
                 var run = block + 1
-                while limit < end, limit - cursor < Self.maxRun,
+                while limit < end, limit - cursor < bounds.run,
                     case .mapped(let following) = volume.table.lookup(run),
                     following.block.rawValue == next, following.time >= gate
                 {
@@ -283,7 +279,7 @@ public final class VolumeIO: @unchecked Sendable {
         request.pointee.needsFlush = true
         let volume = request.pointee.volume!.takeUnretainedValue()
         let end = request.pointee.end
-        while request.pointee.cursor < end, request.pointee.pending < Self.window {
+        while request.pointee.cursor < end, request.pointee.pending < bounds.window {
             let cursor = request.pointee.cursor
             let block = block(of: cursor)
             let whole = wholeBlocks(from: cursor, to: end, volumeSize: volume.size)
@@ -548,7 +544,7 @@ public final class VolumeIO: @unchecked Sendable {
     /// A buffer for a step that copies; nil: the step waits, and is continued when one is free.
     func takeBounce(for index: Int32) -> UnsafeMutableRawPointer? {
         if let bounce = bounces.popLast() { return bounce }
-        if bouncesMade < Self.maxBounces {
+        if bouncesMade < bounds.bounces {
             bouncesMade += 1
             return aligned_alloc(4096, pool.copyPiece)!
         }

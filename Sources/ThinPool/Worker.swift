@@ -74,11 +74,6 @@ final class WorkerState {
 }
 
 extension Pool {
-    /// Adjacent discarded blocks become one discard; so many of them between two commits.
-    private static let discardsPerStep = 32
-    /// Mappings that one slice of a background deletion gives back.
-    private static let deletionSlice = 2048
-
     /// What the background has to do next. The lock is held. `now`: monotonic nanoseconds.
     public func nextStep(now: UInt64) -> WorkerStep {
         precondition(!worker.hasIOInFlight, "one step at a time")
@@ -252,7 +247,7 @@ extension Pool {
         discards.sort()
         var taken = 0
         var io: [WorkerIO] = []
-        while taken < discards.count, io.count < Self.discardsPerStep {
+        while taken < discards.count, io.count < options.bounds.discardsPerStep {
             let first = discards[taken].rawValue
             var end = first
             while taken < discards.count, discards[taken].rawValue == end {
@@ -273,7 +268,7 @@ extension Pool {
         guard !isReadOnly, !stopsDeleting, let id = catalogue.deleting.first(where: { !forgotten.contains($0) })
         else { return nil }
         do throws(MetadataError) {
-            if try metadata.deleteSlice(ThinDeviceID(id), budget: Self.deletionSlice) {
+            if try metadata.deleteSlice(ThinDeviceID(id), budget: options.bounds.deletionSlice) {
                 forgotten.insert(id)
                 enqueue(.forget(id), completion: nil)
             }

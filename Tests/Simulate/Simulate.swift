@@ -28,10 +28,7 @@ struct Simulate: ParsableCommand {
                 let counts = try History(seed: current).run {
                     try (inspects ? inspection : Inspection(tools: [])).inspect($0)
                 }
-                total.requests += counts.requests
-                total.powerCuts += counts.powerCuts
-                total.snapshots += counts.snapshots
-                total.commits += counts.commits
+                total = total + counts
             } catch {
                 print("seed \(current) failed: \(error)")
                 print("repeat it with: Scripts/simulate --seed \(current)")
@@ -48,8 +45,8 @@ struct Simulate: ParsableCommand {
         }
         let elapsed = Self.seconds() - start
         print(
-            "\(done) seeds in \(Int(elapsed)) s: \(total.requests) requests, \(total.commits) "
-                + "commits, \(total.snapshots) snapshots, \(total.powerCuts) power cuts")
+            "\(done) seeds in \(Int(elapsed)) s: "
+                + total.words.map { "\($0.1) \($0.0)" }.joined(separator: ", "))
     }
 
     private static func seconds() -> Double {

@@ -15,10 +15,13 @@ public struct History {
     /// Runs it and looks at what is left.
     ///
     /// - Parameter inspect: gets the metadata device's bytes at the end, for outside checkers.
-    public func run(inspect: ([UInt8]) throws -> Void = { _ in }) throws -> WorldCounts {
-        let world = try World(options: options, random: SeededRandom(seed: seed &* 31 &+ 7))
+    public func run(
+        meter: IOMeter = IOMeter(), inspect: ([UInt8]) throws -> Void = { _ in }
+    ) throws -> WorldCounts {
+        let world = try World(
+            options: options, random: SeededRandom(seed: seed &* 31 &+ 7), meter: meter)
         try world.run()
-        try inspect(world.metadataDisk.bytes)
+        if !world.isDamaged { try inspect(world.metadataDisk.bytes) }
         return world.counts
     }
 }

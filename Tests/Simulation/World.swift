@@ -1,108 +1,54 @@
-// One simulated history: a pool on two disks, two reactors, clients that check every byte they
-// read, and a scheduler that decides what happens next.
+// One simulated history: a pool on two disks, reactors with the server's real connections, clients
+// that check every byte they read, and a scheduler that decides what happens next.
 //
-// Everything the server does to a pool happens here but the sockets: the engines, the worker with
-// its commits, catalogue changes, snapshots, deletions and discards, power cuts and reopening.
+// Everything the server does to a pool happens here but the system calls: handshakes, requests,
+// the engines, the worker with its commits, catalogue changes, snapshots, deletions and discards,
+// checks of the pool while it is served, power cuts, killed servers and reopening.
 
 import BlockIO
 import Glibc
+import NBDProtocol
 import ThinMetadata
 import ThinPool
 
-/// What a history may do, drawn from its seed so that seeds differ in kind, not only in order.
-public struct WorldOptions {
-    public var dataBlocks = 64
-    public var metadataBlocks = 512
-    public var blockSectors: UInt32 = 128
-    public var operations = 120
-    public var reactors = 2
-    public var cacheBlocks = 64
-    public var tablePages = 8
-    public var powerCuts = true
-    public var snapshots = true
-    public var discards = true
-    public var deletions = true
-    public var grows = true
-    public var passDiscardsDown = true
-
-    public init() {}
-
-    public init(drawnFrom random: inout SeededRandom) {
-        dataBlocks = [12, 24, 48, 96][random.below(4)]
-        metadataBlocks = [96, 256, 1024][random.below(3)]
-        operations = 40 + random.below(160)
-        reactors = 1 + random.below(3)
-        cacheBlocks = [8, 32, 256][random.below(3)]
-        tablePages = [1, 4, 64][random.below(3)]
-        powerCuts = !random.oneIn(3)
-        snapshots = !random.oneIn(4)
-        discards = !random.oneIn(4)
-        deletions = !random.oneIn(3)
-        grows = random.oneIn(2)
-        passDiscardsDown = !random.oneIn(4)
-    }
-}
-
-/// What went wrong, in words; the seed is the caller's to add.
-public struct WorldFailure: Error, CustomStringConvertible {
-    public let description: String
-    public init(description: String) { self.description = description }
-}
-
-public struct WorldCounts: Sendable {
-    public var requests = 0
-    public var powerCuts = 0
-    public var reopens = 0
-    public var snapshots = 0
-    public var deletions = 0
-    public var commits = 0
-    public var outOfSpace = 0
-    public init() {}
-}
-
 public final class World {
-    public let metadataDisk: SimulatedDisk
-    public let dataDisk: SimulatedDisk
-    public private(set) var counts = WorldCounts()
+    public internal(set) var metadataDisk: SimulatedDisk
+    public internal(set) var dataDisk: SimulatedDisk
+    public internal(set) var counts = WorldCounts()
+    /// A write of the metadata was lost: what is on the disk is not to be trusted any more.
+    public internal(set) var isDamaged = false
 
-    private let options: WorldOptions
-    private var random: SeededRandom
-    private var time: UInt64 = 1
-    private var clock: UInt64 = 1_000_000_000
+    let options: WorldOptions
+    var random: SeededRandom
+    let meter: IOMeter
+    /// Counts what clients see happen: the order of sending and answering.
+    var time: UInt64 = 1
+    /// The pool's monotonic clock, nanoseconds.
+    var clock: UInt64 = 1_000_000_000
     private var nextValue: UInt64 = 1
     private var nextName = 1
 
-    private var pool: Pool!
-    private var reactors: [Reactor] = []
-    private var models: [String: VolumeModel] = [:]
-    private var requests: [UInt64: Sent] = [:]
-    private var nextCookie: UInt64 = 1
-    private var changes: [Change] = []
+    var pool: Pool!
+    var reactors: [SimulatedReactor] = []
+    var clients: [SimulatedClient] = []
+    /// Connections that have not been accepted yet.
+    private var arrivals: [(reactor: Int, wire: Wire)] = []
+    /// Clients whose connection is broken, and which come again when the server has let go of it.
+    var broken: [SimulatedClient] = []
+    var models: [String: VolumeModel] = [:]
+    var changes: [Change] = []
+    /// Changes that were told to have failed, by a pool that then failed itself: they may be there.
+    var uncertain: [Change] = []
+    let worker = SimulatedWorker()
+    /// When the pool failed, if it has.
+    var failedAt: UInt64?
+    /// Faults that had struck, or other damage that was done, when the pool was last opened.
+    private var struckAtOpen = 0
+    var hasRot = false
+    /// The block that has rotted, and what was in it.
+    var rotten: (block: Int, old: [UInt8])?
 
-    private var workerIO: [(index: Int, io: WorkerIO)] = []
-    private var workerResults: [Int32] = []
-
-    private final class Reactor {
-        let io: SimulatedDataIO
-        var engine: VolumeIO!
-        var isAwake = false
-        init(io: SimulatedDataIO) { self.io = io }
-    }
-
-    private struct Sent {
-        var operation: VolumeOperation
-        var volume: Volume
-        var model: VolumeModel
-        var sectors: Range<Int>
-        /// The sectors that it changes: of a trim, those of whole blocks.
-        var changed: Range<Int>
-        var value: UInt64
-        var fua: Bool
-        var sentAt: UInt64
-        var buffer: UnsafeMutableRawPointer?
-    }
-
-    private final class Change {
+    final class Change {
         let change: VolumeChange
         let sentAt: UInt64
         var result: PoolError??
@@ -112,23 +58,32 @@ public final class World {
         }
     }
 
-    public init(options: WorldOptions, random: SeededRandom) throws {
+    public init(options: WorldOptions, random: SeededRandom, meter: IOMeter = IOMeter()) throws {
         self.options = options
         self.random = random
+        self.meter = meter
         metadataDisk = SimulatedDisk(
             path: "simulated metadata", size: options.metadataBlocks * Layout.blockSize)
-        dataDisk = SimulatedDisk(
-            path: "simulated data", size: options.dataBlocks * Int(options.blockSectors) * 512)
         // Nobody may ever read what the disk held before.
-        dataDisk.fill(0xEE)
+        dataDisk = SimulatedDisk(
+            path: "simulated data",
+            bytes: [UInt8](
+                repeating: 0xEE, count: options.dataBlocks * Int(options.blockSectors) * 512))
         try ThinMetadata.format(
             metadataDisk, dataBlockSectors: options.blockSectors,
             dataBlocks: UInt64(options.dataBlocks))
+        for disk in [metadataDisk, dataDisk] {
+            disk.meter = meter
+            disk.random = SeededRandom(seed: self.random.next())
+        }
         try open()
     }
 
-    private var blockSize: Int { Int(options.blockSectors) * 512 }
-    private var sectorsPerBlock: Int { Int(options.blockSectors) }
+    var blockSize: Int { Int(options.blockSectors) * 512 }
+    var sectorsPerBlock: Int { Int(options.blockSectors) }
+    /// An error may be some fault's doing.
+    private var hasArmedLoss: Bool { counts.lostWrites > 0 }
+    var isTroubled: Bool { meter.struck > struckAtOpen || failedAt != nil || hasRot || isDamaged }
 
     // MARK: - A history
 
@@ -136,39 +91,65 @@ public final class World {
     public func run() throws {
         for _ in 0..<options.operations {
             try act()
-            for _ in 0..<random.below(8) { try progress() }
+            for _ in 0..<random.below(12) { try progress() }
+            if isDamaged {
+                // Nothing more can be expected of it.
+                try examineDamage()
+                try bury()
+                counts.faults = meter.struck
+                return
+            }
         }
+        heal()
+        if failedAt != nil { try recover() }
         try settle()
+        if failedAt != nil { try recover() }
         try verifyAll()
         try close()
         try open()
         try verifyAll()
         try close()
+        counts.faults = meter.struck
+        counts.simulated = clock
     }
 
     private func act() throws {
+        if failedAt != nil, random.oneIn(4) { return try recover() }
         switch random.below(100) {
         case 0..<6 where models.count < 6:
             ask(.create(name: name(), size: randomSize()))
-        case 6..<14 where options.snapshots && models.count < 8:
+        case 6..<13 where options.snapshots && models.count < 8:
             if let origin = randomModel() {
                 ask(.snapshot(origin: origin.name, name: name()))
             }
-        case 14..<18 where options.deletions:
-            if let model = randomModel() { try delete(model) }
-        case 18..<20:
-            try settle()
-            try verifyAll()
-            try close()
-            if options.grows && random.oneIn(2) { grow() }
-            try open()
-            counts.reopens += 1
-        case 20..<23 where options.powerCuts:
-            try cutPower()
-        case 23..<26:
+        case 13..<17 where options.deletions:
+            if let model = randomModel() { delete(model) }
+        case 17..<19:
+            try reopen()
+        case 19..<21 where options.powerCuts:
+            try crash(keepingCaches: false)
+        case 21..<23 where options.kills:
+            try crash(keepingCaches: true)
+        case 23..<25 where options.drops:
+            dropClient()
+        case 25..<27 where options.dataFaults:
+            strike(dataDisk)
+        case 27..<29 where options.metadataFaults:
+            strike(metadataDisk)
+        case 29..<31:
+            heal()
+        case 31 where options.rot && !models.isEmpty:
+            try rot()
+        case 32 where options.lostWrites && counts.commits > 0:
+            loseWrite()
+        case 33 where options.checks:
+            try check()
+        case 34..<37:
             clock += 1_100_000_000
+        case 37..<42:
+            try connectOrLeave()
         default:
-            if let model = randomModel() { try send(to: model) }
+            try send()
         }
     }
 
@@ -184,27 +165,97 @@ public final class World {
         return UInt64(blocks * sectorsPerBlock - tail) * 512
     }
 
-    private func randomModel() -> VolumeModel? {
+    func randomModel() -> VolumeModel? {
         let names = models.keys.sorted()
         return names.isEmpty ? nil : models[names[random.below(names.count)]]
     }
 
     // MARK: - Clients
 
-    private func send(to model: VolumeModel) throws {
+    private func connectOrLeave() throws {
+        if clients.count < options.clients, !random.oneIn(4), let model = randomModel(),
+            !model.isGoing
+        {
+            connect(SimulatedClient(model: model))
+        } else if !clients.isEmpty {
+            let client = clients[random.below(clients.count)]
+            if random.oneIn(3) {
+                client.patience = random.below(60)
+            } else if client.state == .ready, !client.isLeaving {
+                client.leave()
+            }
+        }
+    }
+
+    private func connect(_ client: SimulatedClient) {
+        clients.append(client)
+        arrivals.append((random.below(reactors.count), client.wire))
+    }
+
+    /// A client's connection breaks, with all that is under way on it.
+    private func dropClient() {
+        guard !clients.isEmpty else { return }
+        let client = clients.remove(at: random.below(clients.count))
+        client.wire.isClosedByClient = true
+        client.wire.isReset = random.oneIn(2)
+        broken.append(client)
+    }
+
+    /// Whether the server still has something of the connection.
+    private func serverHas(_ wire: Wire) -> Bool {
+        arrivals.contains { $0.wire === wire }
+            || reactors.contains { $0.places.contains { $0?.wire === wire } }
+    }
+
+    /// Those whose old connection is over come again, and most send again what was not answered.
+    private func reconnectBroken() {
+        for client in broken where !serverHas(client.wire) {
+            broken.removeAll { $0 === client }
+            let isWanted = models[client.model.name] === client.model && !client.model.isGoing
+            let open = client.reconnect()
+            time += 1
+            for request in open where request.changes {
+                client.model.end(
+                    request.changed, begun: request.begun, at: time, isAcknowledged: false,
+                    isDurable: false)
+            }
+            guard isWanted, !client.isLeaving, !random.oneIn(4) else { continue }
+            counts.reconnects += 1
+            connect(client)
+            for request in open { submit(request, by: client) }
+        }
+    }
+
+    private func send() throws {
+        let ready = clients.filter { $0.state == .ready && !$0.isLeaving }
+        guard !ready.isEmpty else {
+            if clients.isEmpty, let model = randomModel(), !model.isGoing {
+                connect(SimulatedClient(model: model))
+            }
+            return
+        }
+        let client = ready[random.below(ready.count)]
+        for _ in 0...random.below(3) {
+            if let request = randomRequest(client.model) { submit(request, by: client) }
+        }
+    }
+
+    private func randomRequest(_ model: VolumeModel) -> SentRequest? {
         let range = randomRange(model)
-        let reactor = random.below(reactors.count)
-        switch random.below(10) {
+        switch random.below(12) {
         case 0..<3:
-            try submit(.read, model, range, reactor: reactor)
-        case 3..<7:
-            try submit(.write, model, range, reactor: reactor, fua: random.oneIn(8))
-        case 7 where options.discards:
-            try submit(
-                random.oneIn(2) ? .trim : .writeZeroes, model, range, reactor: reactor,
-                fua: random.oneIn(8), noHole: random.oneIn(3))
+            return request(.read, model, range)
+        case 3..<8:
+            return request(.write, model, range, random.oneIn(8) ? [.fua] : [])
+        case 8 where options.discards:
+            var flags: CommandFlags = random.oneIn(8) ? [.fua] : []
+            if random.oneIn(2) { return request(.trim, model, range, flags) }
+            if random.oneIn(3) { flags.insert(.noHole) }
+            return request(.writeZeroes, model, range, flags)
+        case 9 where random.oneIn(8):
+            return request(.cache, model, range)
         default:
-            try submit(.flush, model, 0..<0, reactor: reactor)
+            return request(.flush, model, 0..<0)
         }
     }
 
@@ -221,308 +272,315 @@ public final class World {
         return first..<min(first + 1 + random.below(2 * sectorsPerBlock), model.sectors)
     }
 
-    private func submit(
-        _ operation: VolumeOperation, _ model: VolumeModel, _ range: Range<Int>, reactor: Int,
-        fua: Bool = false, noHole: Bool = false
-    ) throws {
-        let changes = operation != .read && operation != .flush
-        if changes, range.contains(where: { model.busy[$0] }) { return }
-        guard let volume = pool.open(exportNamed: model.name) else {
-            if model.isGoing { return }
-            throw WorldFailure(description: "volume \(model.name) is gone")
-        }
-        var sent = Sent(
-            operation: operation, volume: volume, model: model, sectors: range, changed: range,
-            value: 0, fua: fua, sentAt: time)
-        time += 1
-        if operation == .read || operation == .write {
-            sent.buffer = UnsafeMutableRawPointer.allocate(
-                byteCount: range.count * 512, alignment: 4096)
-        }
-        if operation == .write {
-            sent.value = nextValue
-            nextValue += 1
-            let words = sent.buffer!.bindMemory(to: UInt64.self, capacity: range.count * 64)
-            for i in 0..<(range.count * 64) { words[i] = sent.value }
-        } else if operation == .trim {
+    func request(
+        _ command: Command, _ model: VolumeModel, _ range: Range<Int>, _ flags: CommandFlags = []
+    ) -> SentRequest? {
+        var request = SentRequest(
+            command: command, sectors: range, changed: range, value: 0, flags: flags, begun: 0)
+        if command == .trim {
             // Only whole blocks; the volume's end ends a block too.
             let first = (range.lowerBound + sectorsPerBlock - 1) / sectorsPerBlock
             var last = range.upperBound / sectorsPerBlock * sectorsPerBlock
             if range.upperBound == model.sectors { last = model.sectors }
             let start = first * sectorsPerBlock
-            sent.changed = start < last ? start..<last : 0..<0
+            request.changed = start < last ? start..<last : 0..<0
         }
-        if operation == .trim || operation == .writeZeroes { sent.value = 0 }
-        if changes { model.begin(sent.changed, value: sent.value) }
-        let cookie = nextCookie
-        nextCookie += 1
-        requests[cookie] = sent
-        counts.requests += 1
-        let request = VolumeRequest(
-            operation: operation, volume: volume, offset: UInt64(range.lowerBound) * 512,
-            length: UInt64(range.count) * 512, buffer: sent.buffer, fua: fua, noHole: noHole,
-            cookie: cookie)
-        try turn(reactors[reactor]) { $0.submit(request) }
+        if request.changes, !options.overlaps,
+            (clients + broken).contains(where: { client in
+                client.model === model
+                    && client.unanswered.values.contains {
+                        $0.changes && $0.changed.overlaps(request.changed)
+                    }
+            })
+        {
+            return nil
+        }
+        if command == .write {
+            request.value = nextValue
+            nextValue += 1
+        }
+        return request
     }
 
-    private func turn(_ reactor: Reactor, _ body: (VolumeIO) -> Void) throws {
-        reactor.isAwake = false
-        reactor.engine.beginTurn()
-        body(reactor.engine)
-        reactor.engine.endTurn()
-        var finished: [(UInt64, Int32)] = []
-        reactor.engine.takeFinished { finished.append(($0, $1)) }
-        for (cookie, error) in finished { try finish(cookie, error) }
-    }
-
-    private func finish(_ cookie: UInt64, _ error: Int32) throws {
-        guard let sent = requests.removeValue(forKey: cookie) else {
-            throw WorldFailure(description: "request \(cookie) was answered twice")
-        }
-        defer { sent.buffer?.deallocate() }
-        pool.close(sent.volume)
+    func submit(_ request: SentRequest, by client: SimulatedClient) {
+        var request = request
+        request.begun = time
         time += 1
-        if error != 0 {
-            guard error == ENOSPC, sent.operation != .read, sent.operation != .flush else {
-                throw WorldFailure(
-                    description: "\(sent.operation) of \(sent.model.name) \(sent.sectors) failed "
-                        + "with \(error)")
-            }
-            counts.outOfSpace += 1
-            sent.model.fail(sent.changed, value: sent.value)
+        if request.changes {
+            client.model.begin(request.changed, value: request.value, at: request.begun)
+        }
+        counts.requests += 1
+        client.send(request)
+    }
+
+    /// A client takes what has come for it.
+    private func receive(_ client: SimulatedClient) throws {
+        if client.patience > 0 {
+            client.patience -= 1
             return
         }
-        switch sent.operation {
+        for reply in try client.receive() {
+            time += 1
+            try finish(reply, of: client)
+        }
+        if client.state == .refused {
+            client.wire.isClosedByClient = true
+            lose(client)
+        }
+    }
+
+    /// The server has hung up on it, or refuses its export.
+    private func lose(_ client: SimulatedClient) {
+        clients.removeAll { $0 === client }
+        // Its requests may still be under way in the server.
+        broken.append(client)
+    }
+
+    private func finish(_ reply: ClientReply, of client: SimulatedClient) throws {
+        let request = reply.request
+        let model = client.model
+        if isDamaged { return }
+        if reply.error != 0 {
+            try checkError(reply.error, request, model)
+            if request.changes {
+                model.end(
+                    request.changed, begun: request.begun, at: time, isAcknowledged: false,
+                    isDurable: false)
+            }
+            return
+        }
+        if let failedAt, request.begun > failedAt, request.isPromise {
+            throw WorldFailure(
+                description: "\(request.command) of \(model.name) was acknowledged after the pool "
+                    + "had failed")
+        }
+        switch request.command {
         case .read:
-            try check(sent) { model, sector, value in
-                model.allows(sector, value, sentAt: sent.sentAt)
+            try check(reply.payload, request.sectors, model) { sector, value in
+                failedAt == nil
+                    ? model.allows(sector, value, sentAt: request.begun)
+                    : model.allowsAfterCut(sector, value)
             }
         case .write, .trim, .writeZeroes:
-            sent.model.acknowledge(
-                sent.changed, value: sent.value, at: time, isDurable: sent.fua)
+            model.end(
+                request.changed, begun: request.begun, at: time, isAcknowledged: true,
+                isDurable: request.flags.contains(.fua))
         case .flush:
-            sent.model.flushed(sentAt: sent.sentAt)
-        case .cache:
+            // It covers every connection's writes: the export says CAN_MULTI_CONN.
+            model.flushed(sentAt: request.begun)
+        case .cache, .disconnect:
             break
         }
     }
 
-    private func check(_ sent: Sent, _ allowed: (VolumeModel, Int, UInt64) -> Bool) throws {
-        let words = sent.buffer!.assumingMemoryBound(to: UInt64.self)
-        for (i, sector) in sent.sectors.enumerated() {
-            let value = words[i * 64]
-            for word in 1..<64 where words[i * 64 + word] != value {
-                throw WorldFailure(
-                    description: "sector \(sector) of \(sent.model.name) is torn: "
-                        + "\(value) and \(words[i * 64 + word])")
-            }
-            guard allowed(sent.model, sector, value) else {
-                throw WorldFailure(
-                    description: "sector \(sector) of \(sent.model.name) reads \(value); allowed "
-                        + "are \(sent.model.describe(sector)), sent at \(sent.sentAt)")
-            }
+    private func checkError(
+        _ error: UInt32, _ request: SentRequest, _ model: VolumeModel
+    ) throws {
+        switch WireError(rawValue: error) {
+        case .noSpace where request.changes:
+            counts.outOfSpace += 1
+        case .inputOutput where isTroubled:
+            break
+        default:
+            throw WorldFailure(
+                description: "\(request.command) of \(model.name) \(request.sectors) failed with "
+                    + "\(error)")
         }
     }
 
-    // MARK: - Management
-
-    private func ask(_ change: VolumeChange) {
-        let record = Change(change, sentAt: time)
-        time += 1
-        changes.append(record)
-        if case .delete(let name) = change { models[name]?.isGoing = true }
-        nonisolated(unsafe) let unsafeRecord = record
-        pool.request(change) { unsafeRecord.result = .some($0) }
-    }
-
-    private func delete(_ model: VolumeModel) throws {
-        if model.isGoing || requests.values.contains(where: { $0.model === model }) { return }
-        ask(.delete(name: model.name))
-    }
-
-    /// Takes note of the changes that have been told done.
-    private func noteChanges() throws {
-        var open: [Change] = []
-        defer { changes = open }
-        for change in changes {
-            guard let result = change.result else {
-                open.append(change)
-                continue
-            }
-            time += 1
-            if let error = result {
-                switch error.kind {
-                case .outOfSpace, .inUse, .noSuchVolume: break
-                default: throw WorldFailure(description: "\(change.change): \(error)")
+    /// Every sector has one value throughout, and it is an allowed one.
+    func check(
+        _ bytes: ArraySlice<UInt8>, _ sectors: Range<Int>, _ model: VolumeModel,
+        _ isAllowed: (Int, UInt64) -> Bool
+    ) throws {
+        try bytes.withUnsafeBytes { bytes in
+            for (i, sector) in sectors.enumerated() {
+                let value = bytes.loadUnaligned(fromByteOffset: i * 512, as: UInt64.self)
+                var differs: UInt64 = 0
+                for word in 1..<64 {
+                    differs |=
+                        bytes.loadUnaligned(fromByteOffset: i * 512 + word * 8, as: UInt64.self)
+                        ^ value
                 }
-                if case .delete(let name) = change.change { models[name]?.isGoing = false }
-                continue
+                guard differs == 0 else {
+                    throw WorldFailure(
+                        description: "sector \(sector) of \(model.name) is torn inside: "
+                            + "it begins with \(value)")
+                }
+                guard isAllowed(sector, value) else {
+                    throw WorldFailure(
+                        description: "sector \(sector) of \(model.name) reads \(value) at \(time); "
+                            + "allowed are \(model.describe(sector))")
+                }
             }
-            happened(change)
-            // What it holds is decided: it is read once, and may never change again by itself.
-            if case .snapshot(_, let name) = change.change, let model = models[name] {
-                try verify(model, afterCut: false)
-            }
-        }
-    }
-
-    private func happened(_ change: Change) {
-        switch change.change {
-        case .create(let name, let size):
-            models[name] = VolumeModel(name: name, sectors: Int(size / 512))
-        case .snapshot(let origin, let name):
-            guard let source = models[origin] else { return }
-            models[name] = VolumeModel(snapshotOf: source, name: name, askedAt: change.sentAt)
-            counts.snapshots += 1
-        case .delete(let name):
-            models[name] = nil
-            counts.deletions += 1
-        case .adopt, .forget:
-            break
         }
     }
 
     // MARK: - The scheduler
 
     /// One thing that was waiting happens.
+    ///
+    /// - Returns: false if nothing waits for anything but time.
     @discardableResult
-    private func progress() throws -> Bool {
+    func progress() throws -> Bool {
+        clock += UInt64(random.below(2_000_000))
+        reconnectBroken()
         var choices: [() throws -> Void] = []
-        for reactor in reactors {
-            if reactor.isAwake { choices.append { try self.turn(reactor) { _ in } } }
-            if !reactor.io.pending.isEmpty {
+        for (number, reactor) in reactors.enumerated() {
+            if reactor.isAwake { choices.append { reactor.turn {} } }
+            if !reactor.io.pending.isEmpty { choices.append { self.completeData(reactor) } }
+            if arrivals.contains(where: { $0.reactor == number }) {
                 choices.append {
-                    guard let index = reactor.io.next() else { return }
-                    let (tag, result) = reactor.io.complete(index)
-                    try self.turn(reactor) { $0.complete(tag: tag, result: result) }
+                    let index = self.arrivals.firstIndex { $0.reactor == number }!
+                    let wire = self.arrivals.remove(at: index).wire
+                    reactor.turn { reactor.adopt(wire) }
+                }
+            }
+            for case let place? in reactor.places {
+                if place.canReceive {
+                    choices.append {
+                        let limit = self.randomLength(place.wire.toServer.count)
+                        reactor.turn { reactor.receive(place, limit: limit) }
+                    }
+                }
+                if place.sending != nil {
+                    choices.append {
+                        let limit = self.randomLength(reactor.unsent(place))
+                        reactor.turn { reactor.send(place, limit: limit) }
+                    }
                 }
             }
         }
-        choices.append { try self.stepWorker() }
-        try choices[random.below(choices.count)]()
-        try noteChanges()
-        return choices.count > 1 || workerIsBusy
-    }
-
-    private var workerIsBusy = false
-
-    private func stepWorker() throws {
-        if !workerIO.isEmpty {
-            let (index, io) = workerIO.remove(at: random.below(workerIO.count))
-            workerResults[index] = perform(io)
-            workerIsBusy = true
-            if workerIO.isEmpty { pool.stepDone(workerResults, now: clock) }
-            return
-        }
-        switch pool.nextStep(now: clock) {
-        case .io(let io):
-            workerIO = io.enumerated().map { ($0, $1) }
-            workerResults = Array(repeating: 0, count: io.count)
-            workerIsBusy = true
-        case .again:
-            workerIsBusy = true
-        case .wait:
-            workerIsBusy = false
-        }
-    }
-
-    private func perform(_ io: WorkerIO) -> Int32 {
-        switch io {
-        case .flushData: try! dataDisk.flush()
-        case .flushMetadata: try! metadataDisk.flush()
-        case .writeMetadata(let transaction, let index):
-            write { transaction.copyBlock(index, to: $0) }
-        case .writeSuperblock(let transaction):
-            write {
-                transaction.copySuperblock(to: $0)
-                return MetadataBlock(0)
+        for client in clients {
+            if client.canReceive {
+                choices.append { try self.receive(client) }
+            } else if client.wire.isClosedByServer {
+                choices.append { self.lose(client) }
             }
-            metadataDisk.makeDurable(at: 0, length: Layout.blockSize)
-            counts.commits += 1
-        case .writeData(let offset, let bytes): try! dataDisk.write(at: offset, from: bytes)
-        case .discardData(let offset, let length): dataDisk.discard(at: offset, length: length)
         }
-        return 0
+        let canWork = worker.hasIO || worker.isBusy
+        if canWork || choices.isEmpty || random.oneIn(8) {
+            choices.append { self.worker.step(self) }
+        }
+        try choices[random.below(choices.count)]()
+        if meter.cutIsDue {
+            meter.cutIsDone()
+            try crash(keepingCaches: false)
+        }
+        if hasArmedLoss, !metadataDisk.losesNextWrite, metadataDisk.misdirectsNextWrite == nil {
+            isDamaged = true
+        }
+        try noteChanges()
+        return choices.count > 1 || worker.isBusy
     }
 
-    private func write(_ body: (UnsafeMutableRawPointer) -> MetadataBlock) {
-        let buffer = UnsafeMutableRawPointer.allocate(
-            byteCount: Layout.blockSize, alignment: 4096)
-        defer { buffer.deallocate() }
-        let number = body(buffer)
-        try! metadataDisk.write(
-            at: number.rawValue * UInt64(Layout.blockSize),
-            from: UnsafeRawBufferPointer(start: buffer, count: Layout.blockSize))
+    /// Often all of it, often a part.
+    private func randomLength(_ available: Int) -> Int {
+        available == 0 || random.oneIn(2) ? max(available, 1) : 1 + random.below(available)
+    }
+
+    private func completeData(_ reactor: SimulatedReactor) {
+        // Several at once, as a real queue delivers them.
+        var completions: [(UInt64, Int32)] = []
+        for _ in 0...random.below(3) where !reactor.io.pending.isEmpty {
+            guard let index = reactor.io.next() else { continue }
+            completions.append(reactor.io.complete(index))
+        }
+        reactor.turn { for (tag, result) in completions { reactor.complete(tag, result) } }
+    }
+
+    /// Whether anybody waits for the server.
+    private var isAwaited: Bool {
+        !changes.isEmpty || !broken.isEmpty || clients.contains { !$0.unanswered.isEmpty }
     }
 
     /// Runs until every request and change has been answered.
-    private func settle() throws {
+    func settle() throws {
         var idle = 0
-        while !requests.isEmpty || !changes.isEmpty {
+        while isAwaited {
             if try progress() {
                 idle = 0
             } else {
                 idle += 1
                 clock += 200_000_000
                 if idle > 1000 {
+                    let open = (clients + broken).reduce(0) { $0 + $1.unanswered.count }
                     throw WorldFailure(
-                        description: "\(requests.count) requests and \(changes.count) changes are "
-                            + "never answered")
+                        description: "\(open) requests and \(changes.count) changes are never "
+                            + "answered")
                 }
             }
         }
     }
 
-    // MARK: - Opening, closing, cutting
+    // MARK: - Opening and closing
 
-    private func open() throws {
-        var poolOptions = PoolOptions()
-        poolOptions.cacheBlocks = options.cacheBlocks
-        poolOptions.tablePages = options.tablePages
-        poolOptions.passDiscardsDown = options.passDiscardsDown
+    func open() throws {
+        struckAtOpen = meter.struck
+        failedAt = nil
         pool = try Pool(metadata: metadataDisk, data: dataDisk, options: poolOptions)
+        nonisolated(unsafe) weak let world = self
+        pool.onFailure = { _ in world?.failedAt = world?.time }
         let status = pool.status()
         guard status.mode == .writable, status.problems.isEmpty else {
             throw WorldFailure(description: "the pool opens \(status.mode): \(status.problems)")
         }
         reactors = (0..<options.reactors).map { _ in
-            let io = SimulatedDataIO(disk: dataDisk) { [unowned self] in random.below($0) }
-            let reactor = Reactor(io: io)
-            nonisolated(unsafe) weak let box = reactor
-            reactor.engine = VolumeIO(pool: pool, io: io) { box?.isAwake = true }
-            return reactor
+            SimulatedReactor(
+                pool: pool,
+                io: SimulatedDataIO(disk: dataDisk) { [unowned self] in random.below($0) })
         }
-        workerIO = []
-        let names = pool.volumeNames()
-        for name in models.keys where !names.contains(name) {
-            throw WorldFailure(description: "volume \(name) is lost")
-        }
-        for name in names where models[name] == nil {
-            throw WorldFailure(description: "volume \(name) has come back")
-        }
+        worker.reset()
+        try checkNames(pool)
+    }
+
+    var poolOptions: PoolOptions {
+        var poolOptions = PoolOptions()
+        poolOptions.cacheBlocks = options.cacheBlocks
+        poolOptions.tablePages = options.tablePages
+        poolOptions.passDiscardsDown = options.passDiscardsDown
+        poolOptions.bounds = options.bounds
+        return poolOptions
     }
 
     /// As the server stops: everything is answered, committed, and the worker is at rest.
-    private func close() throws {
+    func close() throws {
         try settle()
-        for _ in 0..<100_000 {
-            clock += 100_000_000
-            while try progress() {}
-            if pool.isAtRest { break }
+        if failedAt != nil { return try recover() }
+        for client in clients { client.wire.isClosedByClient = true }
+        clients = []
+        for reactor in reactors { reactor.stop() }
+        var patience = 100_000
+        while !(pool.isAtRest && !reactors.contains(where: \.isBusy)) {
+            if !(try progress()) { clock += 100_000_000 }
+            // A fault may strike even now.
+            if failedAt != nil { return try recover() }
+            patience -= 1
+            if patience == 0 {
+                throw WorldFailure(description: "the pool does not come to rest")
+            }
         }
-        guard pool.isAtRest else {
-            throw WorldFailure(description: "the pool does not come to rest")
-        }
-        for reactor in reactors { reactor.engine.close() }
+        for reactor in reactors { reactor.close() }
         reactors = []
+        arrivals = []
         pool = nil
-        // A clean stop flushes; what is still in the caches was flushed by the commit or is data
-        // that nobody was promised.
-        try metadataDisk.flush()
-        try dataDisk.flush()
+    }
+
+    private func reopen() throws {
+        try settle()
+        if failedAt != nil { return try recover() }
+        try verifyAll()
+        heal()
+        try close()
+        // A fault may have struck while it was closed; then it is open already.
+        if pool != nil { return }
+        if options.grows && random.oneIn(2) { grow() }
+        try open()
+        counts.reopens += 1
     }
 
     private func grow() {
+        counts.grows += 1
         dataDisk.grow(to: dataDisk.bytes.count + (1 + random.below(8)) * blockSize)
         if random.oneIn(2) {
             metadataDisk.grow(
@@ -530,112 +588,24 @@ public final class World {
         }
     }
 
-    private func cutPower() throws {
-        counts.powerCuts += 1
-        for (_, io) in workerIO where random.oneIn(2) {
-            if case .flushData = io { continue }
-            if case .flushMetadata = io { continue }
-            if case .writeSuperblock(let transaction) = io {
-                // In flight: old or new, by sector, but not promised.
-                write {
-                    transaction.copySuperblock(to: $0)
-                    return MetadataBlock(0)
-                }
-                continue
-            }
-            _ = perform(io)
+    /// The server's end of everything is gone; the clients notice.
+    func severClients() {
+        for client in clients {
+            client.wire.isClosedByClient = true
+            broken.append(client)
         }
-        workerIO = []
-        for reactor in reactors { reactor.io.abandon() }
-        metadataDisk.cutPower(&random)
-        dataDisk.cutPower(&random)
-        for sent in requests.values {
-            if sent.operation != .read && sent.operation != .flush {
-                sent.model.fail(sent.changed, value: sent.value)
-            }
-            sent.buffer?.deallocate()
-        }
-        requests = [:]
-        reactors = []
-        pool = nil
-        // Changes in flight may have happened.
-        let probe = try Pool(metadata: metadataDisk, data: dataDisk)
-        let names = Set(probe.volumeNames())
-        for change in changes {
-            switch change.change {
-            case .create(let name, _), .snapshot(_, let name):
-                if names.contains(name) { happened(change) }
-            case .delete(let name):
-                if names.contains(name) { models[name]?.isGoing = false } else { happened(change) }
-            case .adopt, .forget: break
-            }
-        }
-        changes = []
-        try open()
-        try verifyAll(afterCut: true)
+        clients = []
+        arrivals = []
     }
+}
 
-    /// Reads every sector of every volume, with nothing else going on.
-    private func verifyAll(afterCut: Bool = false) throws {
-        for name in models.keys.sorted() {
-            let model = models[name]!
-            try verify(model, afterCut: afterCut)
+extension SentRequest {
+    var changes: Bool {
+        switch command {
+        case .write, .trim, .writeZeroes: true
+        case .read, .flush, .cache, .disconnect: false
         }
     }
-
-    private func verify(_ model: VolumeModel, afterCut: Bool) throws {
-        guard let volume = pool.open(exportNamed: model.name) else {
-            throw WorldFailure(description: "volume \(model.name) cannot be opened")
-        }
-        defer { pool.close(volume) }
-        guard Int(volume.size / 512) == model.sectors else {
-            throw WorldFailure(description: "volume \(model.name) has size \(volume.size)")
-        }
-        let bytes = model.sectors * 512
-        let buffer = UnsafeMutableRawPointer.allocate(byteCount: bytes, alignment: 4096)
-        defer { buffer.deallocate() }
-        let reactor = reactors[random.below(reactors.count)]
-        let request = VolumeRequest(
-            operation: .read, volume: volume, offset: 0, length: UInt64(bytes), buffer: buffer,
-            cookie: UInt64.max)
-        var answer: Int32?
-        func run(_ body: (VolumeIO) -> Void) throws {
-            reactor.engine.beginTurn()
-            body(reactor.engine)
-            reactor.engine.endTurn()
-            var others: [(UInt64, Int32)] = []
-            reactor.engine.takeFinished { cookie, error in
-                if cookie == UInt64.max { answer = error } else { others.append((cookie, error)) }
-            }
-            for (cookie, error) in others { try finish(cookie, error) }
-        }
-        try run { $0.submit(request) }
-        while answer == nil {
-            guard !reactor.io.pending.isEmpty else {
-                throw WorldFailure(description: "a read of \(model.name) is never answered")
-            }
-            let (tag, result) = reactor.io.complete(random.below(reactor.io.pending.count))
-            try run { $0.complete(tag: tag, result: result) }
-        }
-        guard answer == 0 else {
-            throw WorldFailure(description: "\(model.name) cannot be read: \(answer!)")
-        }
-        let sent = Sent(
-            operation: .read, volume: volume, model: model, sectors: 0..<model.sectors,
-            changed: 0..<0, value: 0, fua: false, sentAt: time, buffer: buffer)
-        try check(sent) { model, sector, value in
-            afterCut
-                ? model.allowsAfterCut(sector, value) : model.allowsNow(sector, value)
-        }
-        if afterCut {
-            model.isUndecided = false
-            let words = buffer.assumingMemoryBound(to: UInt64.self)
-            for sector in 0..<model.sectors {
-                model.settle(sector, words[sector * 64], at: time)
-            }
-        } else if model.isUndecided {
-            let words = buffer.assumingMemoryBound(to: UInt64.self)
-            model.decide { words[$0 * 64] }
-        }
-    }
+    /// Its acknowledgement says that something will be kept.
+    var isPromise: Bool { command == .flush || changes }
 }

@@ -1,0 +1,180 @@
+// An NBD client: the kernel's, as far as the server can tell. It has one volume, sends any number of
+// requests without waiting, and when its connection breaks it makes a new one and sends again what
+// was not answered.
+
+import NBDProtocol
+
+/// A request as its client knows it.
+struct SentRequest {
+    var command: Command
+    var sectors: Range<Int>
+    /// The sectors that it changes: of a trim, those of whole blocks.
+    var changed: Range<Int>
+    var value: UInt64
+    var flags: CommandFlags
+    var begun: UInt64
+}
+
+/// What came back for it.
+struct ClientReply {
+    var request: SentRequest
+    var error: UInt32
+    /// A READ's bytes.
+    var payload: ArraySlice<UInt8>
+}
+
+final class SimulatedClient {
+    enum State {
+        case negotiating
+        case ready
+        /// The server refused the export, or has hung up.
+        case refused
+    }
+
+    let model: VolumeModel
+    private(set) var wire = Wire()
+    private(set) var state = State.negotiating
+    private var input: [UInt8] = []
+    private var hasGreeting = false
+    private var nextCookie: UInt64 = 1
+    /// By cookie, which says the order of sending.
+    private(set) var unanswered: [UInt64: SentRequest] = [:]
+    /// How often it is still passed over when it could read.
+    var patience = 0
+    /// It has said that it leaves.
+    private(set) var isLeaving = false
+
+    private static let greetingSize = 18
+    private static let optionReplySize = 20
+    private static let replySize = 16
+
+    init(model: VolumeModel) {
+        self.model = model
+        greet()
+    }
+
+    /// A new connection after the last one broke; the requests that have to be sent again.
+    func reconnect() -> [SentRequest] {
+        let open = unanswered.sorted { $0.key < $1.key }.map(\.value)
+        unanswered = [:]
+        wire = Wire()
+        input = []
+        hasGreeting = false
+        state = .negotiating
+        greet()
+        return open
+    }
+
+    private func greet() {
+        wire.toServer.append(big: ClientFlag.fixedNewstyle | ClientFlag.noZeroes)
+        let name = Array(model.name.utf8)
+        wire.toServer.append(big: Magic.option)
+        wire.toServer.append(big: OptionCode.go.rawValue)
+        wire.toServer.append(big: UInt32(4 + name.count + 2))
+        wire.toServer.append(big: UInt32(name.count))
+        wire.toServer += name
+        wire.toServer.append(big: UInt16(0))
+    }
+
+    func send(_ request: SentRequest) {
+        let cookie = nextCookie
+        nextCookie += 1
+        unanswered[cookie] = request
+        wire.toServer.append(big: Magic.request)
+        wire.toServer.append(big: request.flags.rawValue)
+        wire.toServer.append(big: request.command.rawValue)
+        wire.toServer.append(big: cookie)
+        wire.toServer.append(big: UInt64(request.sectors.lowerBound) * 512)
+        wire.toServer.append(big: UInt32(request.sectors.count) * 512)
+        guard request.command == .write else { return }
+        let words = request.sectors.count * 64
+        wire.toServer.reserveCapacity(wire.toServer.count + words * 8)
+        withUnsafeBytes(of: request.value) { value in
+            for _ in 0..<words { wire.toServer.append(contentsOf: value) }
+        }
+    }
+
+    /// Says that it leaves; it still takes the answers to what it has sent.
+    func leave() {
+        isLeaving = true
+        wire.toServer.append(big: Magic.request)
+        wire.toServer.append(big: UInt16(0))
+        wire.toServer.append(big: Command.disconnect.rawValue)
+        wire.toServer += [UInt8](repeating: 0, count: 20)
+    }
+
+    var canReceive: Bool { !wire.toClient.isEmpty }
+
+    /// Takes what has arrived.
+    func receive() throws -> [ClientReply] {
+        input += wire.toClient
+        wire.toClient = []
+        var place = 0
+        if state == .negotiating { place = try negotiate() }
+        var replies: [ClientReply] = []
+        while state == .ready, input.count - place >= Self.replySize {
+            let header = input[place...]
+            guard header.big(0, as: UInt32.self) == Magic.simpleReply else {
+                throw WorldFailure(description: "a reply does not begin with its magic number")
+            }
+            let error = header.big(4, as: UInt32.self)
+            let cookie = header.big(8, as: UInt64.self)
+            guard let request = unanswered[cookie] else {
+                throw WorldFailure(description: "a reply to request \(cookie), which is not open")
+            }
+            let length =
+                request.command == .read && error == 0 ? request.sectors.count * 512 : 0
+            guard input.count - place >= Self.replySize + length else { break }
+            place += Self.replySize
+            unanswered[cookie] = nil
+            replies.append(
+                ClientReply(
+                    request: request, error: error, payload: input[place..<place + length]))
+            place += length
+        }
+        input.removeFirst(place)
+        return replies
+    }
+
+    private func negotiate() throws -> Int {
+        var place = 0
+        if !hasGreeting {
+            guard input.count >= Self.greetingSize else { return 0 }
+            guard input[0...].big(0, as: UInt64.self) == Magic.greeting else {
+                throw WorldFailure(description: "the server does not greet")
+            }
+            hasGreeting = true
+            place = Self.greetingSize
+        }
+        while state == .negotiating, input.count - place >= Self.optionReplySize {
+            let reply = input[place...]
+            let type = OptionReplyType(rawValue: reply.big(12, as: UInt32.self))
+            let length = Int(reply.big(16, as: UInt32.self))
+            guard input.count - place >= Self.optionReplySize + length else { break }
+            place += Self.optionReplySize + length
+            if type == .ack {
+                state = .ready
+            } else if type != .info {
+                state = .refused
+            }
+        }
+        return place
+    }
+
+    /// The server has hung up.
+    func hangUp() { state = .refused }
+}
+
+extension Array where Element == UInt8 {
+    mutating func append(big value: some FixedWidthInteger) {
+        Swift.withUnsafeBytes(of: value.bigEndian) { append(contentsOf: $0) }
+    }
+}
+
+extension ArraySlice where Element == UInt8 {
+    func big<Word: FixedWidthInteger>(_ offset: Int, as: Word.Type) -> Word {
+        withUnsafeBytes {
+            Word(bigEndian: $0.loadUnaligned(fromByteOffset: offset, as: Word.self))
+        }
+    }
+}

@@ -1,0 +1,323 @@
+// A disk with a volatile write cache, and with faults.
+//
+// What was written since the last flush may survive a power cut or not, each 512-byte sector by
+// itself, in any of the versions it had: that covers a cache that is written back in any order, at
+// any time, and torn writes. Reads see the newest.
+
+import BlockIO
+import Glibc
+
+public final class SimulatedDisk: BlockDevice {
+    public static let sector = 512
+    /// What a discarded sector reads as: bytes that no volume ever wrote.
+    static let discarded: UInt8 = 0xDD
+
+    public let path: String
+    /// What reads see.
+    public private(set) var bytes: [UInt8]
+    /// What is on the medium for certain.
+    private var medium: [UInt8]
+    /// Writes since the last flush, oldest first.
+    private var cache: [CachedWrite] = []
+    public private(set) var flushes = 0
+    public private(set) var writes = 0
+
+    public var faults: [Fault] = []
+    var meter = IOMeter()
+    var random = SeededRandom(seed: 1)
+    /// The next write of a place other than the first block gets lost, without an error.
+    var losesNextWrite = false
+    /// The next such write lands here instead. Bytes.
+    var misdirectsNextWrite: UInt64?
+    /// Called before every read: a walker's chance to let others go on.
+    public var onRead: (() -> Void)?
+
+    private struct CachedWrite {
+        var sectors: Range<Int>
+        var bytes: [UInt8]
+        /// Sectors that have reached the medium since, in this or a newer version.
+        var settled: Set<Int> = []
+    }
+
+    public convenience init(path: String, size: Int) {
+        self.init(path: path, bytes: [UInt8](repeating: 0, count: size))
+    }
+
+    /// A disk with these contents, all of them on the medium.
+    public init(path: String, bytes: [UInt8]) {
+        self.path = path
+        self.bytes = bytes
+        medium = bytes
+    }
+
+    /// A copy of its own, without faults.
+    func copy() -> SimulatedDisk {
+        let other = SimulatedDisk(path: path, bytes: bytes)
+        other.medium = medium
+        other.cache = cache
+        other.random = random
+        return other
+    }
+
+    public var size: UInt64 { UInt64(bytes.count) }
+    /// Writes that a power cut may undo.
+    public var unflushed: Int { cache.count }
+
+    public func grow(to size: Int) {
+        precondition(size >= bytes.count)
+        let more = [UInt8](repeating: 0, count: size - bytes.count)
+        bytes.append(contentsOf: more)
+        medium.append(contentsOf: more)
+    }
+
+    // MARK: - I/O
+
+    public func read(
+        at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer
+    ) throws(DeviceError) {
+        onRead?()
+        guard offset + UInt64(buffer.count) <= size else { throw past("read", offset) }
+        try strike(.read, offset, buffer.count)
+        bytes.withUnsafeBytes {
+            buffer.copyMemory(
+                from: UnsafeRawBufferPointer(
+                    rebasing: $0[Int(offset)..<Int(offset) + buffer.count]))
+        }
+    }
+
+    public func write(at offset: UInt64, from buffer: UnsafeRawBufferPointer) throws(DeviceError) {
+        guard offset + UInt64(buffer.count) <= size else { throw past("write", offset) }
+        precondition(offset % 512 == 0 && buffer.count % 512 == 0, "unaligned write")
+        writes += 1
+        do throws(DeviceError) { try strike(.write, offset, buffer.count) } catch {
+            // A part of it may have been done.
+            let part = random.below(buffer.count / Self.sector + 1) * Self.sector
+            if part > 0 {
+                store(
+                    Int(offset), [UInt8](UnsafeRawBufferPointer(rebasing: buffer[..<part])))
+            }
+            throw error
+        }
+        var offset = offset
+        if offset > 0 {
+            if losesNextWrite {
+                losesNextWrite = false
+                return
+            }
+            if let other = misdirectsNextWrite {
+                misdirectsNextWrite = nil
+                offset = other
+            }
+        }
+        store(Int(offset), [UInt8](buffer))
+    }
+
+    public func flush() throws(DeviceError) {
+        flushes += 1
+        do throws(DeviceError) { try strike(.flush, 0, 0) } catch {
+            loseSome()
+            throw error
+        }
+        for write in cache { settle(write.sectors) }
+        cache.removeAll(keepingCapacity: true)
+    }
+
+    /// A write with FUA: just these sectors are on the medium.
+    func makeDurable(at offset: UInt64, length: Int) {
+        let range = (Int(offset) / Self.sector)..<((Int(offset) + length) / Self.sector)
+        settle(range)
+        for index in cache.indices where cache[index].sectors.overlaps(range) {
+            cache[index].settled.formUnion(cache[index].sectors.clamped(to: range))
+        }
+    }
+
+    /// Zeroes, with the same promise as a write: none before a flush.
+    public func zero(at offset: UInt64, length: UInt64) {
+        store(Int(offset), [UInt8](repeating: 0, count: Int(length)))
+    }
+
+    /// After a discard the sectors hold anything.
+    public func discard(at offset: UInt64, length: UInt64) {
+        store(Int(offset), [UInt8](repeating: Self.discarded, count: Int(length)))
+    }
+
+    func tryZero(at offset: UInt64, length: UInt64) throws(DeviceError) {
+        try strike(.zero, offset, Int(length))
+        zero(at: offset, length: length)
+    }
+
+    func tryDiscard(at offset: UInt64, length: UInt64) throws(DeviceError) {
+        try strike(.discard, offset, Int(length))
+        discard(at: offset, length: length)
+    }
+
+    private func store(_ offset: Int, _ new: [UInt8]) {
+        bytes.withUnsafeMutableBytes { all in
+            new.withUnsafeBytes {
+                UnsafeMutableRawBufferPointer(rebasing: all[offset..<offset + new.count])
+                    .copyMemory(from: $0)
+            }
+        }
+        cache.append(
+            CachedWrite(
+                sectors: (offset / Self.sector)..<((offset + new.count) / Self.sector),
+                bytes: new))
+    }
+
+    private func settle(_ sectors: Range<Int>) {
+        let range = (sectors.lowerBound * Self.sector)..<(sectors.upperBound * Self.sector)
+        medium.withUnsafeMutableBytes { medium in
+            bytes.withUnsafeBytes {
+                UnsafeMutableRawBufferPointer(rebasing: medium[range])
+                    .copyMemory(from: UnsafeRawBufferPointer(rebasing: $0[range]))
+            }
+        }
+    }
+
+    // MARK: - Faults
+
+    private func strike(
+        _ operation: Fault.Operations, _ offset: UInt64, _ length: Int
+    ) throws(DeviceError) {
+        var code = meter.next()
+        if code == nil, !faults.isEmpty {
+            let sectors = (Int(offset) / Self.sector)..<((Int(offset) + length) / Self.sector)
+            if let index = faults.firstIndex(where: {
+                $0.remaining > 0 && $0.operations.contains(operation)
+                    && ($0.sectors?.overlaps(sectors) ?? true || sectors.isEmpty)
+            }) {
+                if faults[index].remaining != Fault.forEver { faults[index].remaining -= 1 }
+                code = faults[index].code
+                meter.struck += 1
+            }
+        }
+        guard let code else { return }
+        throw DeviceError(
+            operation: "use", path: path, offset: offset, code: code,
+            reason: "a simulated fault: \(String(cString: strerror(code)))")
+    }
+
+    /// After a failed flush nobody knows what became of the cache: some of it is gone for good, and
+    /// no later flush brings it back.
+    private func loseSome() {
+        guard random.oneIn(2) else { return }
+        var chosen = choice(from: cache)
+        chosen = chosen.filter { _ in random.oneIn(2) }
+        for (sector, write) in chosen.sorted(by: { $0.key < $1.key }) {
+            let place = sector * Self.sector
+            for i in 0..<Self.sector {
+                let byte =
+                    write < 0
+                    ? medium[place + i]
+                    : cache[write].bytes[
+                        (sector - cache[write].sectors.lowerBound) * Self.sector + i]
+                bytes[place + i] = byte
+                medium[place + i] = byte
+            }
+            for index in cache.indices where cache[index].sectors.contains(sector) {
+                cache[index].settled.insert(sector)
+            }
+        }
+    }
+
+    /// Changes a bit on the medium; the block's bytes before.
+    func rot(block: Int, of size: Int) -> [UInt8] {
+        let old = Array(bytes[block * size..<(block + 1) * size])
+        let place = block * size + random.below(size)
+        let bit = UInt8(1) << UInt8(random.below(8))
+        bytes[place] ^= bit
+        medium[place] ^= bit
+        return old
+    }
+
+    /// Undoes `rot`, unless the block has been written since.
+    func heal(block: Int, of size: Int, old: [UInt8]) {
+        var different = 0
+        for i in 0..<size where bytes[block * size + i] != old[i] { different += 1 }
+        guard different == 1 else { return }
+        for i in 0..<size {
+            bytes[block * size + i] = old[i]
+            medium[block * size + i] = old[i]
+        }
+    }
+
+    // MARK: - Power cuts
+
+    /// The power fails: every unflushed sector keeps one of its versions.
+    public func cutPower(_ random: inout SeededRandom) {
+        // All, none or some: the extremes are the likeliest bugs.
+        switch random.below(5) {
+        case 0: cutPower { _ in false }
+        case 1: cutPower { _ in true }
+        case 2: cutPower { _ in random.oneIn(2) }
+        default:
+            self.random = SeededRandom(seed: random.next())
+            var result = medium
+            for (sector, write) in choice(from: cache) where write >= 0 {
+                let first = cache[write].sectors.lowerBound
+                for i in 0..<Self.sector {
+                    result[sector * Self.sector + i] =
+                        cache[write].bytes[(sector - first) * Self.sector + i]
+                }
+            }
+            finishCut(result)
+        }
+    }
+
+    /// The power fails, and of the unflushed writes just those survive, in their order, for which
+    /// `keeps` says so.
+    func cutPower(_ keeps: (Int) -> Bool) {
+        var result = medium
+        for index in cache.indices where keeps(index) {
+            let write = cache[index]
+            let start = write.sectors.lowerBound * Self.sector
+            if write.settled.isEmpty {
+                result.withUnsafeMutableBytes { result in
+                    write.bytes.withUnsafeBytes {
+                        UnsafeMutableRawBufferPointer(
+                            rebasing: result[start..<start + write.bytes.count]
+                        ).copyMemory(from: $0)
+                    }
+                }
+            } else {
+                for sector in write.sectors where !write.settled.contains(sector) {
+                    let place = sector * Self.sector
+                    for i in 0..<Self.sector {
+                        result[place + i] = write.bytes[place - start + i]
+                    }
+                }
+            }
+        }
+        finishCut(result)
+    }
+
+    private func finishCut(_ result: [UInt8]) {
+        bytes = result
+        medium = result
+        cache.removeAll()
+    }
+
+    /// For every unflushed sector the write whose version survives, -1: none.
+    private func choice(from cache: [CachedWrite]) -> [Int: Int] {
+        var chosen: [Int: Int] = [:]
+        var versions: [Int: UInt64] = [:]
+        for index in cache.indices {
+            for sector in cache[index].sectors where !cache[index].settled.contains(sector) {
+                let count = versions[sector, default: 1] + 1
+                versions[sector] = count
+                if random.oneIn(count) {
+                    chosen[sector] = index
+                } else if chosen[sector] == nil {
+                    chosen[sector] = -1
+                }
+            }
+        }
+        return chosen
+    }
+
+    private func past(_ operation: String, _ offset: UInt64) -> DeviceError {
+        DeviceError(
+            operation: operation, path: path, offset: offset, code: EIO,
+            reason: "it lies past the device's end")
+    }
+}

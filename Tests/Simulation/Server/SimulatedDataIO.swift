@@ -1,0 +1,140 @@
+// The data device of one simulated reactor: operations wait until the scheduler completes them, in
+// any order; a write reaches the disk when it is submitted or when it completes.
+
+import BlockIO
+import Glibc
+import ThinPool
+
+final class SimulatedDataIO: DataIO {
+    enum Kind { case read, write, flush, zero }
+
+    struct Operation {
+        var kind: Kind
+        var offset: UInt64
+        var memory: [iovec]
+        var length: Int
+        var durable: Bool
+        var tag: UInt64
+        /// How it ended, if its effect is on the disk already: bytes or -errno.
+        var result: Int32?
+        /// How often it is still passed over: now and then a device is slow for a long time.
+        var patience = 0
+    }
+
+    let disk: SimulatedDisk
+    private(set) var pending: [Operation] = []
+    /// Shared with the world, so that the run stays one sequence of draws. Nil: operations are done
+    /// when they are completed, whole and in order.
+    private let draw: ((Int) -> Int)?
+
+    init(disk: SimulatedDisk, draw: ((Int) -> Int)?) {
+        self.disk = disk
+        self.draw = draw
+    }
+
+    func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) {
+        add(.read, offset, [iovec(iov_base: into, iov_len: length)], length, tag)
+    }
+
+    func write(
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+    ) {
+        let memory = (0..<count).map { vectors[$0] }
+        add(.write, offset, memory, memory.reduce(0) { $0 + $1.iov_len }, tag, durable)
+    }
+
+    func flush(tag: UInt64) { add(.flush, 0, [], 0, tag) }
+
+    func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
+        add(.zero, offset, [], Int(length), tag)
+    }
+
+    private func add(
+        _ kind: Kind, _ offset: UInt64, _ memory: [iovec], _ length: Int, _ tag: UInt64,
+        _ durable: Bool = false
+    ) {
+        var operation = Operation(
+            kind: kind, offset: offset, memory: memory, length: length, durable: durable, tag: tag)
+        if let draw {
+            // A flush covers what completed before it was sent, so it may run at once or at the end.
+            if draw(2) == 0 {
+                operation.result = apply(operation, length)
+            } else if draw(12) == 0 {
+                operation.patience = 10 + draw(90)
+            }
+        }
+        pending.append(operation)
+    }
+
+    /// An operation to complete next; nil if the one drawn takes its time.
+    func next() -> Int? {
+        guard let draw else { return 0 }
+        let index = draw(pending.count)
+        if pending[index].patience > 0 {
+            pending[index].patience -= 1
+            return nil
+        }
+        return index
+    }
+
+    /// Completes the `index`th pending operation; returns its tag and result.
+    func complete(_ index: Int) -> (tag: UInt64, result: Int32) {
+        let operation = pending.remove(at: index)
+        if let result = operation.result { return (operation.tag, result) }
+        var length = operation.length
+        if let draw {
+            // Now and then the device transfers less than it was asked to, or nothing yet.
+            if draw(64) == 0 { return (operation.tag, draw(2) == 0 ? -EAGAIN : -EINTR) }
+            if operation.kind == .read || operation.kind == .write, length > 512, draw(16) == 0 {
+                length = 512 * (1 + draw(length / 512 - 1))
+            }
+        }
+        return (operation.tag, apply(operation, length))
+    }
+
+    /// The machine or the server ends: what is in flight may reach the disk's cache, or not.
+    func abandon(_ happens: () -> Bool) {
+        for operation in pending where operation.result == nil {
+            if operation.kind != .flush, operation.kind != .read, happens() {
+                _ = apply(operation, operation.length)
+            }
+        }
+        pending = []
+    }
+
+    private func apply(_ operation: Operation, _ length: Int) -> Int32 {
+        do throws(DeviceError) {
+            switch operation.kind {
+            case .flush:
+                try disk.flush()
+                return 0
+            case .zero:
+                try disk.tryZero(at: operation.offset, length: UInt64(length))
+                return 0
+            case .read:
+                try disk.read(
+                    at: operation.offset,
+                    into: UnsafeMutableRawBufferPointer(
+                        start: operation.memory[0].iov_base, count: length))
+            case .write:
+                let bytes = UnsafeMutableRawBufferPointer.allocate(
+                    byteCount: length, alignment: 16)
+                defer { bytes.deallocate() }
+                var done = 0
+                for vector in operation.memory where done < length {
+                    let count = min(length - done, vector.iov_len)
+                    (bytes.baseAddress! + done).copyMemory(
+                        from: vector.iov_base, byteCount: count)
+                    done += count
+                }
+                try disk.write(at: operation.offset, from: UnsafeRawBufferPointer(bytes))
+                // A durable write is on the medium when it completes; flushing everything would
+                // promise too much, but a disk may always do so.
+                if operation.durable {
+                    disk.makeDurable(at: operation.offset, length: length)
+                }
+            }
+            return Int32(length)
+        } catch { return -error.code }
+    }
+}

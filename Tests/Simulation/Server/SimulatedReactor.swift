@@ -1,0 +1,147 @@
+// A reactor as the server has it: engine, payload buffers and the real connections, but with a
+// simulated data device and simulated sockets, and with the scheduler in the place of the kernel.
+
+import Glibc
+import NBDProtocol
+import NBDServer
+import ThinPool
+
+final class SimulatedReactor {
+    /// One connection, and what the kernel would have of it.
+    final class Place {
+        let connection: Connection
+        let wire: Wire
+        var receiving: UnsafeMutableRawBufferPointer?
+        var sending: UnsafePointer<msghdr>?
+
+        init(connection: Connection, wire: Wire) {
+            self.connection = connection
+            self.wire = wire
+        }
+
+        var canReceive: Bool {
+            receiving != nil
+                && (!wire.toServer.isEmpty || wire.isClosedByClient || wire.isClosedByServer)
+        }
+    }
+
+    let io: SimulatedDataIO
+    private(set) var engine: VolumeIO!
+    private let pool: Pool
+    private let buffers = BufferPool(capacity: BufferPool.largest)
+    private(set) var places: [Place?] = []
+    private(set) var isAwake = false
+
+    init(pool: Pool, io: SimulatedDataIO) {
+        self.pool = pool
+        self.io = io
+        nonisolated(unsafe) weak let box = self
+        engine = VolumeIO(pool: pool, io: io) { box?.isAwake = true }
+    }
+
+    var isBusy: Bool { places.contains { $0 != nil } || engine.inFlight > 0 }
+
+    /// A turn in which `body` says what has come.
+    func turn(_ body: () -> Void) {
+        isAwake = false
+        engine.beginTurn()
+        body()
+        while let owner = buffers.nextServed {
+            places[owner]!.connection.resume(engine)
+            if buffers.nextServed == owner { break }
+        }
+        engine.endTurn()
+        engine.takeFinished { cookie, error in
+            let (owner, slot) = Transmission.place(of: cookie)
+            places[owner]!.connection.finish(slot: slot, code: error)
+        }
+        for index in places.indices { settle(index) }
+    }
+
+    func adopt(_ wire: Wire) {
+        let index = places.firstIndex { $0 == nil } ?? places.count
+        if index == places.count { places.append(nil) }
+        let connection = Connection(
+            socket: -1, index: index, generation: 0, peer: "a simulated client",
+            exports: PoolExports(pool: pool, isReadOnly: false), buffers: buffers, tick: 0,
+            handshakeDeadline: .max)
+        places[index] = Place(connection: connection, wire: wire)
+        connection.begin(engine)
+    }
+
+    func complete(_ tag: UInt64, _ result: Int32) { engine.complete(tag: tag, result: result) }
+
+    /// The kernel has `limit` bytes at most for the receive that is outstanding.
+    func receive(_ place: Place, limit: Int) {
+        guard let space = place.receiving else { return }
+        place.receiving = nil
+        place.connection.isReceiving = false
+        let wire = place.wire
+        if wire.isClosedByServer { return place.connection.received(0, engine) }
+        if wire.isReset { return place.connection.received(-ECONNRESET, engine) }
+        let count = min(limit, wire.toServer.count, space.count)
+        wire.toServer.withUnsafeBytes {
+            space.copyMemory(from: UnsafeRawBufferPointer(rebasing: $0[..<count]))
+        }
+        wire.toServer.removeFirst(count)
+        place.connection.received(Int32(count), engine)
+    }
+
+    /// `limit` bytes at most of the message under way are taken.
+    func send(_ place: Place, limit: Int) {
+        guard let message = place.sending else { return }
+        place.sending = nil
+        place.connection.isSending = false
+        let wire = place.wire
+        if wire.isClosedByClient || wire.isClosedByServer {
+            return place.connection.sent(-EPIPE, engine)
+        }
+        var left = limit
+        for index in 0..<Int(message.pointee.msg_iovlen) where left > 0 {
+            let vector = message.pointee.msg_iov[index]
+            let count = min(left, vector.iov_len)
+            wire.toClient.append(
+                contentsOf: UnsafeRawBufferPointer(start: vector.iov_base, count: count))
+            left -= count
+        }
+        place.connection.sent(Int32(limit - left), engine)
+    }
+
+    /// Bytes of the message that a place is sending.
+    func unsent(_ place: Place) -> Int {
+        guard let message = place.sending else { return 0 }
+        return (0..<Int(message.pointee.msg_iovlen)).reduce(0) {
+            $0 + message.pointee.msg_iov[$1].iov_len
+        }
+    }
+
+    /// Starts what a connection wants to be done next, or lets it go.
+    private func settle(_ index: Int) {
+        guard let place = places[index] else { return }
+        let connection = place.connection
+        if connection.isDrained { connection.breakOff(nil) }
+        if connection.phase == .closed {
+            place.wire.isClosedByServer = true
+            if connection.isGone {
+                if let volume = connection.volume { pool.close(volume) }
+                places[index] = nil
+            }
+            return
+        }
+        if place.sending == nil, let message = connection.nextMessage() {
+            place.sending = message
+            connection.isSending = true
+        }
+        if place.receiving == nil, let space = connection.receiveSpace() {
+            place.receiving = space
+            connection.isReceiving = true
+        }
+    }
+
+    /// The server is told to stop.
+    func stop() {
+        turn { for place in places { place?.connection.stop() } }
+    }
+
+    func close() { engine.close() }
+}

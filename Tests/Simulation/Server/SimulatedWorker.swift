@@ -1,0 +1,100 @@
+// The pool's background work on simulated disks: the I/Os of a step one at a time, in any order.
+
+import BlockIO
+import Glibc
+import ThinMetadata
+import ThinPool
+
+final class SimulatedWorker {
+    private var waiting: [(index: Int, io: WorkerIO)] = []
+    private var results: [Int32] = []
+    /// The last step was not "wait".
+    private(set) var isBusy = false
+
+    var hasIO: Bool { !waiting.isEmpty }
+
+    func reset() {
+        waiting = []
+        results = []
+        isBusy = true
+    }
+
+    func step(_ world: World) {
+        let pool = world.pool!
+        if !waiting.isEmpty {
+            let (index, io) = waiting.remove(at: world.random.below(waiting.count))
+            results[index] = perform(io, world)
+            isBusy = true
+            if waiting.isEmpty { pool.stepDone(results, now: world.clock) }
+            return
+        }
+        switch pool.nextStep(now: world.clock) {
+        case .io(let io):
+            waiting = io.enumerated().map { ($0, $1) }
+            results = Array(repeating: 0, count: io.count)
+            isBusy = true
+        case .again:
+            isBusy = true
+        case .wait:
+            isBusy = false
+        }
+    }
+
+    private func perform(_ io: WorkerIO, _ world: World) -> Int32 {
+        do throws(DeviceError) {
+            switch io {
+            case .flushData: try world.dataDisk.flush()
+            case .flushMetadata: try world.metadataDisk.flush()
+            case .writeMetadata(let transaction, let index):
+                try write(world) { transaction.copyBlock(index, to: $0) }
+            case .writeSuperblock(let transaction):
+                try write(world) {
+                    transaction.copySuperblock(to: $0)
+                    return MetadataBlock(0)
+                }
+                world.metadataDisk.makeDurable(at: 0, length: Layout.blockSize)
+                world.counts.commits += 1
+            case .writeData(let offset, let bytes):
+                try world.dataDisk.write(at: offset, from: bytes)
+            case .discardData(let offset, let length):
+                try world.dataDisk.tryDiscard(at: offset, length: length)
+            }
+            return 0
+        } catch { return error.code }
+    }
+
+    private func write(
+        _ world: World, _ body: (UnsafeMutableRawPointer) -> MetadataBlock
+    ) throws(DeviceError) {
+        let buffer = UnsafeMutableRawPointer.allocate(
+            byteCount: Layout.blockSize, alignment: 4096)
+        defer { buffer.deallocate() }
+        let number = body(buffer)
+        try world.metadataDisk.write(
+            at: number.rawValue * UInt64(Layout.blockSize),
+            from: UnsafeRawBufferPointer(start: buffer, count: Layout.blockSize))
+    }
+
+    /// The machine or the server ends: the writes of this step may reach the disk's cache, or not.
+    func abandon(_ world: World) {
+        for (_, io) in waiting where world.random.oneIn(2) {
+            switch io {
+            case .flushData, .flushMetadata:
+                break
+            case .writeSuperblock(let transaction):
+                // In flight: old or new, but not promised.
+                try? write(world) {
+                    transaction.copySuperblock(to: $0)
+                    return MetadataBlock(0)
+                }
+            case .writeMetadata, .writeData, .discardData:
+                _ = perform(io, world)
+            }
+        }
+    }
+
+    /// Writes that are in flight, as the disks would get them.
+    func forEachWrite(_ body: (WorkerIO) -> Void) {
+        for (_, io) in waiting { body(io) }
+    }
+}

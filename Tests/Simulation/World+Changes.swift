@@ -1,0 +1,149 @@
+// Management: volumes made, snapshotted and deleted, and the pool checked, while clients go on.
+
+import ThinMetadata
+import ThinPool
+
+extension World {
+    func ask(_ change: VolumeChange) {
+        let record = Change(change, sentAt: time)
+        time += 1
+        changes.append(record)
+        if case .delete(let name) = change { models[name]?.isGoing = true }
+        nonisolated(unsafe) let unsafeRecord = record
+        pool.request(change) { unsafeRecord.result = .some($0) }
+    }
+
+    func delete(_ model: VolumeModel) {
+        if model.isGoing { return }
+        // Its clients leave, and mostly their going is awaited.
+        for client in clients where client.model === model && !client.isLeaving { client.leave() }
+        let isInUse = (clients + broken).contains { $0.model === model }
+        if isInUse && !random.oneIn(8) { return }
+        ask(.delete(name: model.name))
+    }
+
+    /// Takes note of the changes that have been told done.
+    func noteChanges() throws {
+        guard changes.contains(where: { $0.result != nil }) else { return }
+        let told = changes.filter { $0.result != nil }
+        changes.removeAll { $0.result != nil }
+        for change in told {
+            let result = change.result!
+            time += 1
+            if let error = result {
+                switch error.kind {
+                case .outOfSpace, .inUse, .noSuchVolume, .exists: break
+                default:
+                    guard isTroubled else {
+                        throw WorldFailure(description: "\(change.change): \(error)")
+                    }
+                }
+                if failedAt != nil {
+                    uncertain.append(change)
+                } else if case .delete(let name) = change.change {
+                    models[name]?.isGoing = false
+                }
+                continue
+            }
+            happened(change)
+            // What it holds is decided: it is read once, and may never change again by itself.
+            if case .snapshot(_, let name) = change.change, let model = models[name],
+                failedAt == nil
+            {
+                try verify(model)
+            }
+        }
+    }
+
+    func happened(_ change: Change) {
+        switch change.change {
+        case .create(let name, let size):
+            models[name] = VolumeModel(name: name, sectors: Int(size / 512))
+        case .snapshot(let origin, let name):
+            guard let source = models[origin] else { return }
+            models[name] = VolumeModel(
+                snapshotOf: source, name: name, askedAt: change.sentAt, now: time)
+            counts.snapshots += 1
+        case .delete(let name):
+            models[name] = nil
+            counts.deletions += 1
+        case .adopt, .forget:
+            break
+        }
+    }
+
+    /// The server has ended: whatever was not told done may have happened, as far as `names` say.
+    func resolveChanges(_ names: Set<String>) {
+        for change in changes + uncertain {
+            switch change.change {
+            case .create(let name, _), .snapshot(_, let name):
+                if names.contains(name), models[name] == nil { happened(change) }
+            case .delete(let name):
+                if names.contains(name) {
+                    models[name]?.isGoing = false
+                } else if models[name] != nil {
+                    happened(change)
+                }
+            case .adopt, .forget:
+                break
+            }
+        }
+        changes = []
+        uncertain = []
+    }
+
+    /// The pool's volumes and devices are just those that the clients know of.
+    func checkNames(_ pool: Pool) throws {
+        let names = pool.volumeNames()
+        for name in models.keys where !names.contains(name) {
+            throw WorldFailure(description: "volume \(name) is lost")
+        }
+        for name in names where models[name] == nil {
+            throw WorldFailure(description: "volume \(name) has come back")
+        }
+        let unnamed: [VolumeInfo]
+        do { unnamed = try pool.volumeList().filter { $0.state == .unnamed } } catch {
+            // Reading it failed.
+            if isTroubled { return }
+            throw error
+        }
+        if let device = unnamed.first {
+            throw WorldFailure(description: "thin device \(device.id) has no volume")
+        }
+    }
+
+    /// Checks the pool while it is served; others go on between any two reads of the check.
+    func check() throws {
+        guard failedAt == nil else { return }
+        counts.checks += 1
+        var isWalking = false
+        var isInside = false
+        var failure: (any Error)?
+        metadataDisk.onRead = { [unowned self] in
+            guard isWalking, !isInside, failure == nil else { return }
+            isInside = true
+            defer { isInside = false }
+            do { for _ in 0..<random.below(6) { try progress() } } catch { failure = error }
+        }
+        let walked = metadataDisk
+        defer { walked.onRead = nil }
+        let report: PoolCheckReport
+        do {
+            // From its first word on the check reads without the pool's lock.
+            report = try pool.check { _ in isWalking = true }
+        } catch {
+            if let failure { throw failure }
+            if isTroubled || metadataDisk !== walked { return }
+            throw WorldFailure(description: "the check of the pool fails: \(error)")
+        }
+        isWalking = false
+        if let failure { throw failure }
+        // The power may have gone meanwhile.
+        guard metadataDisk === walked else { return }
+        if !report.isClean && !isTroubled {
+            throw WorldFailure(
+                description: "the check of the served pool finds: "
+                    + "\(report.metadata.findings.map(\.description)) \(report.catalogue)")
+        }
+    }
+}

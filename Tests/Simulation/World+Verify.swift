@@ -1,0 +1,110 @@
+// Reading everything back, with nothing else going on.
+
+import Glibc
+import ThinMetadata
+import ThinPool
+
+extension World {
+    enum Occasion {
+        case rest, powerCut, kill
+    }
+
+    func verifyAll(after occasion: Occasion = .rest) throws {
+        for name in models.keys.sorted() { try verify(models[name]!, after: occasion) }
+    }
+
+    /// Reads every sector of a volume.
+    func verify(_ model: VolumeModel, after occasion: Occasion = .rest) throws {
+        guard !isDamaged else { return }
+        time += 1
+        let bytes: [UInt8]
+        switch read(model, in: pool, on: dataDisk) {
+        case .success(let read): bytes = read
+        case .failure(let failure):
+            if isTroubled { return }
+            throw failure
+        }
+        try check(bytes[...], 0..<model.sectors, model) { sector, value in
+            occasion == .rest && failedAt == nil
+                ? model.allows(sector, value, sentAt: time) : model.allowsAfterCut(sector, value)
+        }
+        func value(_ sector: Int) -> UInt64 {
+            bytes.withUnsafeBytes {
+                $0.loadUnaligned(fromByteOffset: sector * 512, as: UInt64.self)
+            }
+        }
+        if model.isUndecided {
+            if let sector = model.decide(at: time, value) {
+                throw WorldFailure(
+                    description: "snapshot \(model.name) is not one point in time: sector "
+                        + "\(sector) is older than others")
+            }
+        } else if occasion != .rest {
+            for sector in 0..<model.sectors {
+                model.settle(
+                    sector, value(sector), at: time, isDurable: occasion == .powerCut)
+            }
+            time += 1
+        }
+    }
+
+    /// What a pool that is opened from damaged disks shows of a volume: nothing wrong.
+    func examine(
+        _ model: VolumeModel, in pool: Pool, on disk: SimulatedDisk, mayFail: Bool,
+        mayLie: Bool = false
+    ) throws {
+        switch read(model, in: pool, on: disk) {
+        case .failure(let failure):
+            if !mayFail { throw failure }
+        case .success(let bytes):
+            if mayLie { return }
+            try check(bytes[...], 0..<model.sectors, model) { sector, value in
+                model.allowsAfterCut(sector, value)
+            }
+        }
+    }
+
+    /// A whole volume through an engine of its own.
+    func read(_ model: VolumeModel, in pool: Pool, on disk: SimulatedDisk)
+        -> Result<[UInt8], WorldFailure>
+    {
+        guard let volume = pool.open(exportNamed: model.name) else {
+            return .failure(
+                WorldFailure(description: "volume \(model.name) cannot be opened"))
+        }
+        defer { pool.close(volume) }
+        guard Int(volume.size / 512) == model.sectors else {
+            return .failure(
+                WorldFailure(description: "volume \(model.name) has size \(volume.size)"))
+        }
+        let io = SimulatedDataIO(disk: disk, draw: nil)
+        let engine = VolumeIO(pool: pool, io: io) {}
+        defer { engine.close() }
+        var bytes = [UInt8](repeating: 0, count: model.sectors * 512)
+        var answer: Int32?
+        bytes.withUnsafeMutableBytes { buffer in
+            engine.beginTurn()
+            engine.submit(
+                VolumeRequest(
+                    operation: .read, volume: volume, offset: 0, length: UInt64(buffer.count),
+                    buffer: buffer.baseAddress, cookie: 0))
+            engine.endTurn()
+            engine.takeFinished { answer = $1 }
+            while answer == nil, !io.pending.isEmpty {
+                engine.beginTurn()
+                let (tag, result) = io.complete(0)
+                engine.complete(tag: tag, result: result)
+                engine.endTurn()
+                engine.takeFinished { answer = $1 }
+            }
+        }
+        guard let answer else {
+            fatalError("a read of \(model.name) is never answered")
+        }
+        guard answer == 0 else {
+            return .failure(
+                WorldFailure(description: "\(model.name) cannot be read: errno \(answer)"))
+        }
+        return .success(bytes)
+    }
+}

@@ -1,0 +1,137 @@
+// What a history may do, and what it did.
+
+import ThinPool
+
+/// Drawn from the seed, so that seeds differ in kind, not only in order: each history has some of
+/// the operations and faults, and small bounds where the server has large ones.
+public struct WorldOptions {
+    public var dataBlocks = 64
+    public var metadataBlocks = 512
+    public var blockSectors: UInt32 = 128
+    public var operations = 120
+    public var reactors = 2
+    public var clients = 3
+    public var cacheBlocks = 64
+    public var tablePages = 8
+    public var bounds = PoolBounds()
+
+    // Operations
+    public var snapshots = true
+    public var discards = true
+    public var deletions = true
+    public var grows = true
+    public var checks = true
+    public var passDiscardsDown = true
+    /// Changes of a sector that another change in flight is about to change, too.
+    public var overlaps = true
+
+    // Faults
+    public var powerCuts = true
+    public var kills = true
+    public var drops = true
+    public var dataFaults = false
+    public var metadataFaults = false
+    public var rot = false
+    public var lostWrites = false
+
+    public init() {}
+
+    public init(drawnFrom random: inout SeededRandom) {
+        dataBlocks = [12, 24, 48, 96][random.below(4)]
+        metadataBlocks = [96, 256, 1024][random.below(3)]
+        if random.oneIn(16) {
+            // Larger blocks than the pieces in which they are copied.
+            blockSectors = 256
+            dataBlocks = 16
+        }
+        operations = 40 + random.below(160)
+        reactors = 1 + random.below(3)
+        clients = 1 + random.below(5)
+        cacheBlocks = [8, 32, 256][random.below(3)]
+        tablePages = [1, 4, 64][random.below(3)]
+        bounds = .init(drawnFrom: &random)
+        snapshots = !random.oneIn(4)
+        discards = !random.oneIn(4)
+        deletions = !random.oneIn(3)
+        grows = random.oneIn(2)
+        checks = random.oneIn(2)
+        passDiscardsDown = !random.oneIn(4)
+        overlaps = random.oneIn(2)
+        powerCuts = !random.oneIn(3)
+        kills = random.oneIn(3)
+        drops = random.oneIn(2)
+        dataFaults = random.oneIn(4)
+        metadataFaults = random.oneIn(4)
+        rot = random.oneIn(6)
+        lostWrites = random.oneIn(12)
+    }
+}
+
+extension PoolBounds {
+    /// Half of the time the server's own bounds, else such that the code beyond them is reached.
+    init(drawnFrom random: inout SeededRandom) {
+        self.init()
+        guard random.oneIn(2) else { return }
+        copyPiece = [4096, 65_536][random.below(2)]
+        bounces = 1 + random.below(3)
+        window = Int32(1 + random.below(3))
+        run = UInt64(65_536 * (1 + random.below(3)))
+        unmapBatch = 1 + random.below(3)
+        smallDeletion = UInt64(random.below(4))
+        deletionSlice = 1 + random.below(3)
+        discardsPerStep = 1 + random.below(2)
+    }
+}
+
+public struct WorldCounts: Sendable {
+    public var requests = 0
+    public var commits = 0
+    public var snapshots = 0
+    public var deletions = 0
+    public var grows = 0
+    public var checks = 0
+    public var reopens = 0
+    public var reconnects = 0
+    public var outOfSpace = 0
+    public var powerCuts = 0
+    public var kills = 0
+    /// I/Os that were made to fail.
+    public var faults = 0
+    /// Pools that failed, and went on after a check.
+    public var failures = 0
+    public var rot = 0
+    public var lostWrites = 0
+    /// Nanoseconds of the pool's clock.
+    public var simulated: UInt64 = 0
+
+    public init() {}
+
+    public static func + (a: Self, b: Self) -> Self {
+        var sum = a
+        for field in Self.fields { sum[keyPath: field.path] += b[keyPath: field.path] }
+        sum.simulated += b.simulated
+        return sum
+    }
+
+    private static var fields: [(name: String, path: WritableKeyPath<Self, Int>)] {
+        [
+            ("requests", \.requests), ("commits", \.commits), ("snapshots", \.snapshots),
+            ("deletions", \.deletions), ("growths", \.grows), ("checks", \.checks),
+            ("reopenings", \.reopens), ("reconnections", \.reconnects),
+            ("out of space", \.outOfSpace), ("power cuts", \.powerCuts), ("kills", \.kills),
+            ("I/O faults", \.faults), ("failed pools", \.failures), ("rotten blocks", \.rot),
+            ("lost writes", \.lostWrites),
+        ]
+    }
+
+    /// Numbers with their names, for people.
+    public var words: [(String, Int)] {
+        Self.fields.map { ($0.name, self[keyPath: $0.path]) }
+    }
+}
+
+/// What went wrong, in words; the seed is the caller's to add.
+public struct WorldFailure: Error, CustomStringConvertible {
+    public let description: String
+    public init(description: String) { self.description = description }
+}
