@@ -83,6 +83,7 @@ extension Pool {
             throw PoolError(.readOnly, "the pool cannot be changed: \(readOnlyReason)")
         }
         var next = catalogue
+        next.deleting.removeAll { forgotten.contains($0) }
         var device = CatalogueLayout.device
         var deletesAtOnce = false
         switch change.change {
@@ -120,8 +121,9 @@ extension Pool {
                 deletesAtOnce = mapped <= options.bounds.smallDeletion
             } catch { throw PoolError(error) }
             if !deletesAtOnce { next.deleting.append(device.rawValue) }
-        case .forget(let id):
-            next.deleting.removeAll { $0 == id }
+        case .forget:
+            // If there is no block for it now, the next change of the catalogue does it as well.
+            break
         }
         let encoded = try next.encoded(blockSize: blockSize)
         let blocks = try takeCatalogueBlocks(UInt64(encoded.count) / blockSize)
@@ -193,6 +195,7 @@ extension Pool {
             return
         }
         catalogue = prepared.catalogue
+        forgotten.formIntersection(catalogue.deleting)
         worker.current = nil
         prepared.bytes.deallocate()
         publish(prepared)
@@ -243,8 +246,8 @@ extension Pool {
                 volume.table.removeAll { addresses.append($0) }
                 retirePages(addresses)
             }
-        case .forget(let id):
-            forgotten.remove(id)
+        case .forget:
+            break
         }
     }
 

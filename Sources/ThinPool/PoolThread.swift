@@ -214,11 +214,14 @@ public final class PoolThread: @unchecked Sendable {
 }
 
 extension Pool {
+    /// Deleted volumes that still have blocks.
+    var deletionsLeft: Int { catalogue.deleting.count { !forgotten.contains($0) } }
+
     /// Nothing is left to do before the pool is closed. The lock is held.
     public var isAtRest: Bool {
         isReadOnly
-            || (!metadata.hasChanges && !commitRequested && worker.changes.isEmpty
+            || (worker.isIdle && !metadata.hasChanges && !commitRequested && worker.changes.isEmpty
                 && worker.current == nil && discards.isEmpty
-                && (stopsDeleting || catalogue.deleting.isEmpty))
+                && (stopsDeleting || deletionsLeft == 0))
     }
 }

@@ -398,15 +398,16 @@ public final class VolumeIO: @unchecked Sendable {
 
     public func complete(tag: UInt64, result: Int32) {
         precondition(inTurn)
+        // EAGAIN and EINTR did nothing: the same again.
+        let didNothing = result == -EAGAIN || result == -EINTR
         if tag == Self.flushTag {
-            completeFlush(result)
-            return
+            if didNothing { return io.flush(tag: tag) }
+            return completeFlush(result)
         }
         let index = Int32(truncatingIfNeeded: tag)
         let step = steps[index]
         if result < 0 {
-            // EAGAIN and EINTR did nothing: the same again.
-            if result == -EAGAIN || result == -EINTR { return issue(index) }
+            if didNothing { return issue(index) }
             return fail(index, Self.clientError(-result))
         }
         if step.pointee.phase != .zeroes && step.pointee.phase != .clear {

@@ -127,7 +127,7 @@ extension Pool {
                 dataBlocks: metadata.dataBlocks, dataBlocksUsed: metadata.dataBlocksUsed,
                 metadataBlocks: metadata.metadataBlocks,
                 metadataBlocksUsed: metadata.metadataBlocksUsed,
-                volumes: volumesByName.count, deleting: catalogue.deleting.count,
+                volumes: volumesByName.count, deleting: deletionsLeft,
                 time: metadata.time, transactionID: metadata.transactionID,
                 needsCheck: metadata.needsCheck,
                 heldRoot: metadata.heldRoot?.rawValue, problems: problems)

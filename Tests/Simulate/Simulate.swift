@@ -10,6 +10,7 @@ struct Simulate: ParsableCommand {
         abstract: "Run the pool against simulated disks, clock and clients.")
 
     @Option(help: "Run this one seed.") var seed: UInt64?
+    @Flag(help: "Say what happens.") var trace = false
     @Option(help: "Run this many seeds.") var seeds: UInt64 = 100
     @Option(help: "First of the seeds.") var first: UInt64 = 1
     @Option(help: "Run for this long instead.") var minutes: Double?
@@ -17,6 +18,7 @@ struct Simulate: ParsableCommand {
     var inspectEvery: UInt64 = 10
 
     func run() throws {
+        try hashDeterministically()
         var total = WorldCounts()
         var done: UInt64 = 0
         let inspection = Inspection.installed
@@ -25,7 +27,7 @@ struct Simulate: ParsableCommand {
         while true {
             do {
                 let inspects = done % inspectEvery == 0
-                let counts = try History(seed: current).run {
+                let counts = try History(seed: current).run(log: trace ? { print($0) } : nil) {
                     try (inspects ? inspection : Inspection(tools: [])).inspect($0)
                 }
                 total = total + counts
@@ -48,6 +50,17 @@ struct Simulate: ParsableCommand {
             "\(done) seeds in \(Int(elapsed)) s: "
                 + total.words.map { "\($0.1) \($0.0)" }.joined(separator: ", "))
     }
+
+    /// The order of dictionaries must not differ from run to run. The runtime reads the variable
+    /// when the process starts.
+    private func hashDeterministically() throws {
+        guard getenv(Self.hashing) == nil else { return }
+        setenv(Self.hashing, "1", 1)
+        var arguments = CommandLine.arguments.map { strdup($0) } + [nil]
+        execv("/proc/self/exe", &arguments)
+        throw ValidationError("cannot start again: \(String(cString: strerror(errno)))")
+    }
+    private static let hashing = "SWIFT_DETERMINISTIC_HASHING"
 
     private static func seconds() -> Double {
         var time = timespec()

@@ -16,11 +16,17 @@ public struct History {
     ///
     /// - Parameter inspect: gets the metadata device's bytes at the end, for outside checkers.
     public func run(
-        meter: IOMeter = IOMeter(), inspect: ([UInt8]) throws -> Void = { _ in }
+        meter: IOMeter = IOMeter(), log: ((String) -> Void)? = nil,
+        inspect: ([UInt8]) throws -> Void = { _ in }
     ) throws -> WorldCounts {
         let world = try World(
             options: options, random: SeededRandom(seed: seed &* 31 &+ 7), meter: meter)
-        try world.run()
+        world.log = log
+        do { try world.run() } catch {
+            // It ended in the middle of things, which its parts would rather not.
+            _ = Unmanaged.passRetained(world)
+            throw error
+        }
         if !world.isDamaged { try inspect(world.metadataDisk.bytes) }
         return world.counts
     }

@@ -8,6 +8,7 @@ extension World {
         let record = Change(change, sentAt: time)
         time += 1
         changes.append(record)
+        note("asked: \(change)")
         if case .delete(let name) = change { models[name]?.isGoing = true }
         nonisolated(unsafe) let unsafeRecord = record
         pool.request(change) { unsafeRecord.result = .some($0) }
@@ -29,6 +30,7 @@ extension World {
         changes.removeAll { $0.result != nil }
         for change in told {
             let result = change.result!
+            note("told: \(change.change) \(result?.message ?? "done")")
             time += 1
             if let error = result {
                 switch error.kind {

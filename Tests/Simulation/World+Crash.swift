@@ -39,6 +39,7 @@ extension World {
     /// The power goes, or (`keepingCaches`) only the server's process: what the disks have in their
     /// caches is then still there, and still not on the medium.
     func crash(keepingCaches: Bool) throws {
+        note(keepingCaches ? "the server is killed" : "the power goes")
         if keepingCaches { counts.kills += 1 } else { counts.powerCuts += 1 }
         try end()
         if !keepingCaches {
@@ -135,6 +136,7 @@ extension World {
             guard isDurable, random.oneIn(6) else { break }
             // The power goes again, while the pool is just being opened.
             for _ in 0..<random.below(12) { worker.step(self) }
+            note("the power goes again")
             counts.powerCuts += 1
             try end()
             metadataDisk.cutPower(&random)

@@ -48,6 +48,12 @@ public final class World {
     /// The block that has rotted, and what was in it.
     var rotten: (block: Int, old: [UInt8])?
 
+    /// What happens, in words: to follow a failure.
+    public var log: ((String) -> Void)?
+    func note(_ words: @autoclosure () -> String) {
+        if let log { log("\(time): \(words())") }
+    }
+
     final class Change {
         let change: VolumeChange
         let sentAt: UInt64
@@ -310,6 +316,8 @@ public final class World {
             client.model.begin(request.changed, value: request.value, at: request.begun)
         }
         counts.requests += 1
+        note("\(client.model.name) \(request.command) \(request.sectors) \(request.value) "
+            + "\(request.flags.rawValue)")
         client.send(request)
     }
 
@@ -340,6 +348,7 @@ public final class World {
         let request = reply.request
         let model = client.model
         if isDamaged { return }
+        note("\(model.name) \(request.command)@\(request.begun) answered \(reply.error)")
         if reply.error != 0 {
             try checkError(reply.error, request, model)
             if request.changes {
@@ -516,11 +525,15 @@ public final class World {
     // MARK: - Opening and closing
 
     func open() throws {
+        note("opening")
         struckAtOpen = meter.struck
         failedAt = nil
         pool = try Pool(metadata: metadataDisk, data: dataDisk, options: poolOptions)
         nonisolated(unsafe) weak let world = self
-        pool.onFailure = { _ in world?.failedAt = world?.time }
+        pool.onFailure = { error in
+            world?.failedAt = world?.time
+            world?.note("the pool fails: \(error)")
+        }
         let status = pool.status()
         guard status.mode == .writable, status.problems.isEmpty else {
             throw WorldFailure(description: "the pool opens \(status.mode): \(status.problems)")
@@ -545,6 +558,7 @@ public final class World {
 
     /// As the server stops: everything is answered, committed, and the worker is at rest.
     func close() throws {
+        note("closing")
         try settle()
         if failedAt != nil { return try recover() }
         for client in clients { client.wire.isClosedByClient = true }
@@ -607,5 +621,5 @@ extension SentRequest {
         }
     }
     /// Its acknowledgement says that something will be kept.
-    var isPromise: Bool { command == .flush || changes }
+    var isPromise: Bool { command == .flush || (changes && !changed.isEmpty) }
 }

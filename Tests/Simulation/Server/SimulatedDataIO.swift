@@ -94,12 +94,11 @@ final class SimulatedDataIO: DataIO {
 
     /// The machine or the server ends: what is in flight may reach the disk's cache, or not.
     func abandon(_ happens: () -> Bool) {
-        for operation in pending where operation.result == nil {
+        for (index, operation) in pending.enumerated() where operation.result == nil {
             if operation.kind != .flush, operation.kind != .read, happens() {
-                _ = apply(operation, operation.length)
+                pending[index].result = apply(operation, operation.length)
             }
         }
-        pending = []
     }
 
     private func apply(_ operation: Operation, _ length: Int) -> Int32 {
