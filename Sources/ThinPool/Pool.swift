@@ -129,6 +129,11 @@ public final class Pool: @unchecked Sendable {
         self.metadataDevice = metadataDevice
         self.dataDevice = dataDevice
         self.options = options
+        if !options.readOnly {
+            // A server that was killed may have left its last superblock in the device's cache. New
+            // transactions must not be built on a state that a power cut can still undo.
+            do throws(DeviceError) { try metadataDevice.flush() } catch { throw PoolError(error) }
+        }
         do { metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks) } catch {
             throw PoolError(error)
         }

@@ -366,9 +366,8 @@ public final class World {
         switch request.command {
         case .read:
             try check(reply.payload, request.sectors, model) { sector, value in
-                failedAt == nil
-                    ? model.allows(sector, value, sentAt: request.begun)
-                    : model.allowsAfterCut(sector, value)
+                model.allows(sector, value, sentAt: request.begun)
+                    || failedAt != nil && model.allowsAfterCut(sector, value)
             }
         case .write, .trim, .writeZeroes:
             model.end(

@@ -75,6 +75,9 @@ final class VolumeModel {
     // MARK: - Changes
 
     func begin(_ range: Range<Int>, value: UInt64, at time: UInt64) {
+        // A snapshot that could not be read before: which of its versions it has stays open.
+        isUndecided = false
+        originAtGrant = []
         for s in range { versions[s].append(Version(value: value, begun: time)) }
     }
 

@@ -54,6 +54,7 @@ final class SimulatedWorker {
                 }
                 world.metadataDisk.makeDurable(at: 0, length: Layout.blockSize)
                 world.counts.commits += 1
+                world.note("a commit")
             case .writeData(let offset, let bytes):
                 try world.dataDisk.write(at: offset, from: bytes)
             case .discardData(let offset, let length):
