@@ -57,6 +57,7 @@ extension World {
         for reactor in reactors { reactor.io.abandon { random.oneIn(2) } }
         let kept = [metadataDisk, dataDisk].map { disk in
             let copy = disk.copy()
+            copy.forgetLost()
             copy.faults = disk.faults
             copy.meter = meter
             return copy
@@ -194,9 +195,8 @@ extension World {
     }
 
     /// The disk loses a write of the metadata, or puts it in another place, and says nothing.
-    func loseWrite() {
+    func loseWrite() throws {
         guard failedAt == nil, metadataDisk.faults.isEmpty else { return }
-        counts.lostWrites += 1
         if random.oneIn(2) {
             metadataDisk.losesNextWrite = true
         } else {
@@ -204,11 +204,20 @@ extension World {
                 UInt64(1 + random.below(metadataDisk.bytes.count / Layout.blockSize - 1))
                 * UInt64(Layout.blockSize)
         }
+        for _ in 0..<500 where metadataDisk.isToLose && failedAt == nil { try progress() }
+        if metadataDisk.isToLose {
+            metadataDisk.losesNextWrite = false
+            metadataDisk.misdirectsNextWrite = nil
+        } else {
+            counts.lostWrites += 1
+            isDamaged = true
+            try examineDamage()
+        }
     }
 
     /// After such a loss: the check finds it, or it did no harm. In neither case does a server
     /// that opens the pool come to grief.
-    func examineDamage() throws {
+    private func examineDamage() throws {
         let commits = counts.commits
         for _ in 0..<400 where counts.commits == commits && failedAt == nil { try progress() }
         let metadata = metadataDisk.copy()

@@ -88,7 +88,6 @@ public final class World {
     var blockSize: Int { Int(options.blockSectors) * 512 }
     var sectorsPerBlock: Int { Int(options.blockSectors) }
     /// An error may be some fault's doing.
-    private var hasArmedLoss: Bool { counts.lostWrites > 0 }
     var isTroubled: Bool { meter.struck > struckAtOpen || failedAt != nil || hasRot || isDamaged }
 
     // MARK: - A history
@@ -100,7 +99,6 @@ public final class World {
             for _ in 0..<random.below(12) { try progress() }
             if isDamaged {
                 // Nothing more can be expected of it.
-                try examineDamage()
                 try bury()
                 counts.faults = meter.struck
                 return
@@ -147,7 +145,7 @@ public final class World {
         case 31 where options.rot && !models.isEmpty:
             try rot()
         case 32 where options.lostWrites && counts.commits > 0:
-            loseWrite()
+            try loseWrite()
         case 33 where options.checks:
             try check()
         case 34..<37:
@@ -347,7 +345,6 @@ public final class World {
     private func finish(_ reply: ClientReply, of client: SimulatedClient) throws {
         let request = reply.request
         let model = client.model
-        if isDamaged { return }
         note("\(model.name) \(request.command)@\(request.begun) answered \(reply.error)")
         if reply.error != 0 {
             try checkError(reply.error, request, model)
@@ -474,9 +471,6 @@ public final class World {
         if meter.cutIsDue {
             meter.cutIsDone()
             try crash(keepingCaches: false)
-        }
-        if hasArmedLoss, !metadataDisk.losesNextWrite, metadataDisk.misdirectsNextWrite == nil {
-            isDamaged = true
         }
         try noteChanges()
         return choices.count > 1 || worker.isBusy

@@ -29,6 +29,7 @@ public final class SimulatedDisk: BlockDevice {
     var losesNextWrite = false
     /// The next such write lands here instead. Bytes.
     var misdirectsNextWrite: UInt64?
+    var isToLose: Bool { losesNextWrite || misdirectsNextWrite != nil }
     /// Called before every read: a walker's chance to let others go on.
     public var onRead: (() -> Void)?
 
@@ -229,6 +230,13 @@ public final class SimulatedDisk: BlockDevice {
                 cache[index].settled.insert(sector)
             }
         }
+    }
+
+    /// Nothing is remembered any more of what will not reach the medium.
+    func forgetLost() {
+        var result = medium
+        result.withUnsafeMutableBytes { for write in cache { Self.apply(write, to: $0) } }
+        bytes = result
     }
 
     /// Changes a bit on the medium; the block's bytes before.
