@@ -95,6 +95,7 @@ public final class Pool: @unchecked Sendable {
     }
     var commitWaiters: [CommitWaiter] = []
     var commitRequested = false
+    var flushes = FlushLedger()
 
     // Draining
     enum Drained {
@@ -423,7 +424,7 @@ public final class Pool: @unchecked Sendable {
         discards = []
         spareBlocks = []
         reservations = 0
-        let waiters = commitWaiters + worker.takeWaiters()
+        let waiters = commitWaiters + worker.takeWaiters() + flushes.takeSettled(all: true)
         commitWaiters = []
         tell(waiters, error)
         for volume in volumesByID.values { resume(&volume.heldSteps) }

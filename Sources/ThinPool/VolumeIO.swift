@@ -46,7 +46,7 @@ public final class VolumeIO: @unchecked Sendable {
     private var committing = IndexQueue()
     private var flushNext = IndexQueue()
     private var flushing = IndexQueue()
-    private var flushInFlight = false
+    private var flushTicket: FlushLedger.Ticket?
 
     private var bounces: [UnsafeMutableRawPointer] = []
     private var bouncesMade = 0
@@ -133,9 +133,9 @@ public final class VolumeIO: @unchecked Sendable {
             while let step = ready.popFirst() { issue(step) }
             if asking.isEmpty && filled.isEmpty && committing.isEmpty { break }
         }
-        if !flushInFlight, !flushNext.isEmpty {
+        if flushTicket == nil, !flushNext.isEmpty {
             while let request = flushNext.popFirst() { flushing.append(request) }
-            flushInFlight = true
+            flushTicket = pool.lock.withLock { pool.flushes.begin() }
             io.flush(tag: Self.flushTag)
         }
         inTurn = false
@@ -516,20 +516,14 @@ public final class VolumeIO: @unchecked Sendable {
     }
 
     private func completeFlush(_ result: Int32) {
-        flushInFlight = false
-        if result < 0 {
-            // What was not flushed is lost, whoever wrote it: nothing may be promised any more.
-            pool.lock.withLock {
-                pool.fail(
-                    PoolError(
-                        .failed,
-                        "the data device's flush failed: \(String(cString: strerror(-result)))"))
-            }
-        }
+        var waiters: [Pool.CommitWaiter] = []
         while let request = flushing.popFirst() {
-            if result < 0 { requests[request].pointee.error = EIO }
-            finish(request)
+            waiters.append(.request(engine: index, request: request))
         }
+        pool.lock.withLock {
+            _ = pool.flushEnded(flushTicket!, error: max(-result, 0), waiters: waiters)
+        }
+        flushTicket = nil
     }
 
     func finish(_ index: Int32) {

