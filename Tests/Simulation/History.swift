@@ -4,7 +4,7 @@ import ThinMetadata
 
 public struct History {
     public let seed: UInt64
-    public let options: WorldOptions
+    public var options: WorldOptions
 
     public init(seed: UInt64) {
         self.seed = seed

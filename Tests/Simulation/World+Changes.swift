@@ -17,10 +17,14 @@ extension World {
     func delete(_ model: VolumeModel) {
         if model.isGoing { return }
         // Its clients leave, and mostly their going is awaited.
-        for client in clients where client.model === model && !client.isLeaving { client.leave() }
+        leaveAll(model)
         let isInUse = (clients + broken).contains { $0.model === model }
         if isInUse && !random.oneIn(8) { return }
         ask(.delete(name: model.name))
+    }
+
+    func leaveAll(_ model: VolumeModel) {
+        for client in clients where client.model === model && !client.isLeaving { client.leave() }
     }
 
     /// Takes note of the changes that have been told done.

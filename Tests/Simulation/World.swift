@@ -48,6 +48,8 @@ public final class World {
     /// The block that has rotted, and what was in it.
     var rotten: (block: Int, old: [UInt8])?
 
+    /// Called after every step.
+    var probe: ((World) throws -> Void)?
     /// What happens, in words: to follow a failure.
     public var log: ((String) -> Void)?
     func note(_ words: @autoclosure () -> String) {
@@ -191,13 +193,13 @@ public final class World {
         }
     }
 
-    private func connect(_ client: SimulatedClient) {
+    func connect(_ client: SimulatedClient) {
         clients.append(client)
         arrivals.append((random.below(reactors.count), client.wire))
     }
 
     /// A client's connection breaks, with all that is under way on it.
-    private func dropClient() {
+    func dropClient() {
         guard !clients.isEmpty else { return }
         let client = clients.remove(at: random.below(clients.count))
         client.wire.isClosedByClient = true
@@ -473,6 +475,7 @@ public final class World {
             try crash(keepingCaches: false)
         }
         try noteChanges()
+        try probe?(self)
         return choices.count > 1 || worker.isBusy
     }
 
@@ -521,7 +524,7 @@ public final class World {
         note("opening")
         struckAtOpen = meter.struck
         failedAt = nil
-        pool = try Pool(metadata: metadataDisk, data: dataDisk, options: poolOptions)
+        pool = try openPool()
         nonisolated(unsafe) weak let world = self
         pool.onFailure = { error in
             world?.failedAt = world?.time
@@ -538,6 +541,15 @@ public final class World {
         }
         worker.reset()
         try checkNames(pool)
+    }
+
+    /// A fault may keep it from opening; without it, it opens.
+    private func openPool() throws -> Pool {
+        do { return try Pool(metadata: metadataDisk, data: dataDisk, options: poolOptions) } catch {
+            guard isTroubled else { throw error }
+            heal()
+            return try Pool(metadata: metadataDisk, data: dataDisk, options: poolOptions)
+        }
     }
 
     var poolOptions: PoolOptions {

@@ -33,6 +33,9 @@ public final class SimulatedDisk: BlockDevice {
     /// Called before every read: a walker's chance to let others go on.
     public var onRead: (() -> Void)?
 
+    /// Some of what reads see will never reach the medium.
+    private var hasForgotten = false
+
     private struct CachedWrite {
         var sectors: Range<Int>
         var bytes: [UInt8]
@@ -55,6 +58,7 @@ public final class SimulatedDisk: BlockDevice {
     func copy() -> SimulatedDisk {
         let other = SimulatedDisk(path: path, bytes: bytes)
         other.medium = medium
+        other.hasForgotten = hasForgotten
         other.cache = cache
         other.random = random
         return other
@@ -215,6 +219,7 @@ public final class SimulatedDisk: BlockDevice {
     /// from a page cache that takes it for clean, but will never reach the medium.
     private func loseSome() {
         guard random.oneIn(2) else { return }
+        hasForgotten = true
         for (sector, write) in choice(from: cache).sorted(by: { $0.key < $1.key })
         where random.oneIn(2) {
             let place = sector * Self.sector
@@ -234,6 +239,8 @@ public final class SimulatedDisk: BlockDevice {
 
     /// Nothing is remembered any more of what will not reach the medium.
     func forgetLost() {
+        guard hasForgotten else { return }
+        hasForgotten = false
         var result = medium
         result.withUnsafeMutableBytes { for write in cache { Self.apply(write, to: $0) } }
         bytes = result

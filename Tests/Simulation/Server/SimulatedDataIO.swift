@@ -101,6 +101,16 @@ final class SimulatedDataIO: DataIO {
         }
     }
 
+    /// The writes that are in flight, done on a copy of the disk.
+    func copyWrites(to copy: SimulatedDisk) {
+        let other = SimulatedDataIO(disk: copy, draw: nil)
+        for operation in pending where operation.result == nil {
+            if operation.kind == .write || operation.kind == .zero {
+                _ = other.apply(operation, operation.length)
+            }
+        }
+    }
+
     private func apply(_ operation: Operation, _ length: Int) -> Int32 {
         do throws(DeviceError) {
             switch operation.kind {

@@ -46,9 +46,9 @@ final class SimulatedWorker {
             case .flushData: try world.dataDisk.flush()
             case .flushMetadata: try world.metadataDisk.flush()
             case .writeMetadata(let transaction, let index):
-                try write(world) { transaction.copyBlock(index, to: $0) }
+                try write(world.metadataDisk) { transaction.copyBlock(index, to: $0) }
             case .writeSuperblock(let transaction):
-                try write(world) {
+                try write(world.metadataDisk) {
                     transaction.copySuperblock(to: $0)
                     return MetadataBlock(0)
                 }
@@ -65,13 +65,13 @@ final class SimulatedWorker {
     }
 
     private func write(
-        _ world: World, _ body: (UnsafeMutableRawPointer) -> MetadataBlock
+        _ disk: SimulatedDisk, _ body: (UnsafeMutableRawPointer) -> MetadataBlock
     ) throws(DeviceError) {
         let buffer = UnsafeMutableRawPointer.allocate(
             byteCount: Layout.blockSize, alignment: 4096)
         defer { buffer.deallocate() }
         let number = body(buffer)
-        try world.metadataDisk.write(
+        try disk.write(
             at: number.rawValue * UInt64(Layout.blockSize),
             from: UnsafeRawBufferPointer(start: buffer, count: Layout.blockSize))
     }
@@ -84,7 +84,7 @@ final class SimulatedWorker {
                 break
             case .writeSuperblock(let transaction):
                 // In flight: old or new, but not promised.
-                try? write(world) {
+                try? write(world.metadataDisk) {
                     transaction.copySuperblock(to: $0)
                     return MetadataBlock(0)
                 }
@@ -94,8 +94,26 @@ final class SimulatedWorker {
         }
     }
 
-    /// Writes that are in flight, as the disks would get them.
-    func forEachWrite(_ body: (WorkerIO) -> Void) {
-        for (_, io) in waiting { body(io) }
+    var inFlight: Int { waiting.count }
+
+    /// The writes that are in flight, done on copies of the disks.
+    func copyWrites(toMetadata metadata: SimulatedDisk, data: SimulatedDisk) {
+        for (_, io) in waiting {
+            switch io {
+            case .flushData, .flushMetadata:
+                break
+            case .writeMetadata(let transaction, let index):
+                try? write(metadata) { transaction.copyBlock(index, to: $0) }
+            case .writeSuperblock(let transaction):
+                try? write(metadata) {
+                    transaction.copySuperblock(to: $0)
+                    return MetadataBlock(0)
+                }
+            case .writeData(let offset, let bytes):
+                try? data.write(at: offset, from: bytes)
+            case .discardData(let offset, let length):
+                data.discard(at: offset, length: length)
+            }
+        }
     }
 }
