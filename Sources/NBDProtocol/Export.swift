@@ -27,12 +27,21 @@ public struct Export: Hashable, Sendable {
     }
 }
 
+/// What became of the wish to open an export.
+public enum ExportOpening: Hashable, Sendable {
+    case opened(Export)
+    /// There is no export of that name.
+    case absent
+    /// It can be opened in a moment, not now.
+    case busy
+}
+
 /// The exports that there are. The handshake asks when the client does, and keeps nothing.
 public protocol ExportDirectory {
     /// The names to list.
     mutating func exportNames() -> [String]
     /// The export of that name; "" is the default export. Nil: there is none.
     mutating func describe(_ name: String) -> Export?
-    /// The same, and the export stays open for the transmission that follows.
-    mutating func open(_ name: String) -> Export?
+    /// Opened, the export stays so for the transmission that follows.
+    mutating func open(_ name: String) -> ExportOpening
 }

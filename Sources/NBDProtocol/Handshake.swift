@@ -18,6 +18,9 @@ public struct Handshake: Sendable {
         case receive
         /// Output was appended. Call again once it is sent, with what is left of the input.
         case send
+        /// The export that the client has chosen is busy: call again in a moment, with what is left
+        /// of the input.
+        case wait
         /// Requests for this export follow; `ExportDirectory.open` has opened it.
         case transmit(Export)
         case close(Ending)
@@ -75,7 +78,7 @@ public struct Handshake: Sendable {
             if let outcome = step(rest, &consumed, &output, &exports) {
                 switch outcome {
                 case .transmit, .close: state = .finished
-                case .receive, .send: break
+                case .receive, .send, .wait: break
                 }
                 return (consumed, outcome)
             }
@@ -197,26 +200,39 @@ public struct Handshake: Sendable {
     }
 
     /// EXPORT_NAME has no way to refuse but to hang up.
-    private func openByName(
+    private mutating func openByName(
         _ data: [UInt8], _ output: inout [UInt8], _ exports: inout some ExportDirectory
     ) -> Outcome {
         guard let name = exportName(data) else {
             return .close(.violation("a name that is not UTF-8 without NUL"))
         }
-        guard let export = exports.open(name) else {
+        switch exports.open(name) {
+        case .absent:
             return .close(.violation("there is no export of the name asked for"))
+        case .busy:
+            return wait(.exportName, data)
+        case .opened(let export):
+            output.appendExport(export, noZeroes: noZeroes)
+            return .transmit(export)
         }
-        output.appendExport(export, noZeroes: noZeroes)
-        return .transmit(export)
     }
 
-    private func answerQuery(
+    private mutating func answerQuery(
         _ option: OptionCode, _ data: [UInt8], _ output: inout [UInt8],
         _ exports: inout some ExportDirectory
     ) -> Outcome {
         do throws(OptionFailure) {
             let query = try ExportQuery.parse(data)
-            let found = option == .go ? exports.open(query.name) : exports.describe(query.name)
+            let found: Export?
+            if option == .go {
+                switch exports.open(query.name) {
+                case .opened(let export): found = export
+                case .absent: found = nil
+                case .busy: return wait(option, data)
+                }
+            } else {
+                found = exports.describe(query.name)
+            }
             guard let export = found else {
                 let text = query.name.isEmpty ? "no default export" : "no such export"
                 throw OptionFailure(type: .unknown, text: text)
@@ -228,6 +244,13 @@ public struct Handshake: Sendable {
             output.appendFailure(of: option, error)
             return .send
         }
+    }
+
+    /// The option is answered when the caller comes again.
+    private mutating func wait(_ option: OptionCode, _ data: [UInt8]) -> Outcome {
+        state = .optionData(option, length: data.count)
+        unit = data
+        return .wait
     }
 
     /// At least one reply, so that the listing comes to its end.

@@ -53,6 +53,10 @@ package final class Connection {
     package private(set) var transmission: Transmission?
     /// The export's name, once there is one.
     package private(set) var exportName: String?
+    /// The export that it has chosen is busy; `resume` asks again.
+    package private(set) var isWaiting = false
+    /// Nobody else opens the volume until the requests have ended that are still under way.
+    private var hasFence = false
     /// What went wrong, in words, if anything did.
     package private(set) var problem: String?
 
@@ -151,15 +155,21 @@ package final class Connection {
         }
     }
 
-    /// Memory that the connection waited for may be there.
+    /// What the connection waited for, memory or its export, may be there.
     package func resume(_ sink: some RequestSink) {
+        if phase == .handshake && isWaiting { return advanceHandshake(sink) }
         guard phase == .transmission else { return }
         transmission!.resume(sink)
         lookAtTransmission()
     }
 
-    package func finish(slot: Int, code: Int32) {
+    /// - Returns: true if others may open the volume now who had to wait.
+    package func finish(slot: Int, code: Int32) -> Bool {
         transmission!.finish(slot, code: code)
+        guard hasFence, transmission!.inFlight == 0 else { return false }
+        hasFence = false
+        volume!.removeFence()
+        return true
     }
 
     /// The server stops: requests in flight are still answered.
@@ -176,6 +186,7 @@ package final class Connection {
     /// Ends the connection without regard to what is in flight.
     package func breakOff(_ problem: String?) {
         if self.problem == nil && phase != .closed { self.problem = problem }
+        fence()
         phase = .closed
         transmission?.breakOff(isSending: isSending)
     }
@@ -187,7 +198,7 @@ package final class Connection {
         switch phase {
         case .handshake:
             // One option at a time: the next is read when the answer has gone.
-            guard greetingOutput == nil else { return nil }
+            guard greetingOutput == nil && !isWaiting else { return nil }
             return UnsafeMutableRawBufferPointer(
                 rebasing: greetingInput[greetingEnd...])
         case .transmission:
@@ -228,8 +239,16 @@ package final class Connection {
 
     // MARK: - Inside
 
+    /// From now on no reply may reach the client that it can rely on.
+    private func fence() {
+        guard phase == .transmission, transmission!.inFlight > 0 else { return }
+        hasFence = true
+        volume!.addFence()
+    }
+
     private func drain(_ problem: String?) {
         if self.problem == nil { self.problem = problem }
+        fence()
         phase = .draining
     }
 
@@ -245,6 +264,7 @@ package final class Connection {
 
     /// Lets the handshake take what has been received, until it wants more or has to speak.
     private func advanceHandshake(_ sink: some RequestSink) {
+        isWaiting = false
         var output: [UInt8] = []
         let input = UnsafeRawBufferPointer(
             rebasing: greetingInput[greetingStart..<greetingEnd])
@@ -257,6 +277,7 @@ package final class Connection {
         if !output.isEmpty { sendGreeting(output) }
         switch outcome {
         case .receive, .send: break
+        case .wait: isWaiting = true
         case .transmit(let export): enterTransmission(export, sink)
         case .close(.aborted): drain(nil)
         case .close(.violation(let text)): breakOff(text)

@@ -24,11 +24,15 @@ package struct PoolExports: ExportDirectory {
         return export(volume)
     }
 
-    package mutating func open(_ name: String) -> Export? {
-        guard let volume = volume(name) else { return nil }
+    package mutating func open(_ name: String) -> ExportOpening {
+        guard let volume = volume(name) else { return .absent }
         precondition(opened == nil, "a handshake opened two exports")
+        if volume.isFenced {
+            pool.close(volume)
+            return .busy
+        }
         opened = volume
-        return export(volume)
+        return .opened(export(volume))
     }
 
     /// The default export is the only volume, and where there are several there is none.

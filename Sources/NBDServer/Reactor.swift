@@ -40,6 +40,8 @@ final class Reactor {
     private var freeIndices: [Int]
     private var generation: UInt32 = 0
     private var connectionCount = 0
+    /// Connections whose export was busy in the last turn.
+    private var waitingForExport = 0
     /// Those to look after at the end of the turn.
     private let marked: UnsafeMutablePointer<Int>
     private var markedCount = 0
@@ -156,14 +158,17 @@ final class Reactor {
         engine.beginTurn()
         for index in 0..<completionCount { act(on: completions[index]) }
         serveWaiters()
+        if waitingForExport > 0 { retryWaiting() }
         engine.endTurn()
+        var hasUnfenced = false
         engine.takeFinished { cookie, error in
             let (owner, slot) = Transmission.place(of: cookie)
             let connection = connections[owner]!
-            connection.finish(slot: slot, code: error)
+            if connection.finish(slot: slot, code: error) { hasUnfenced = true }
             mark(connection)
         }
         settleMarked()
+        if hasUnfenced { for mailbox in shared.mailboxes { mailbox.nudge() } }
     }
 
     /// Submits what was started and waits until something has completed.
@@ -254,6 +259,16 @@ final class Reactor {
         }
     }
 
+    /// Handshakes whose export was busy ask again. Whoever makes an export free wakes all reactors.
+    private func retryWaiting() {
+        waitingForExport = 0
+        for index in 0..<shared.configuration.maxConnections {
+            guard let connection = connections[index], connection.isWaiting else { continue }
+            connection.resume(engine)
+            mark(connection)
+        }
+    }
+
     private func wake() {
         mailbox.acknowledge()
         queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
@@ -292,6 +307,7 @@ final class Reactor {
             if connection.isGone { remove(connection) }
             return
         }
+        if connection.isWaiting { waitingForExport += 1 }
         if !connection.isSending, let message = connection.nextMessage() {
             connection.isSending = true
             let tag = Tag(.send, index: connection.index, generation: connection.generation)

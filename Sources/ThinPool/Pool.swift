@@ -82,6 +82,7 @@ public final class Pool: @unchecked Sendable {
     var engines: [Unmanaged<VolumeIO>?] = []
     var cells: [CellKey: ParkedSteps] = [:]
     var spaceWaiters = ParkedSteps()
+    var drainWaiters = ParkedSteps()
     /// Blocks allocated and not yet mapped or given back, the spare ones included.
     var reservations: UInt64 = 0
     var spareBlocks: [DataBlock] = []
@@ -102,6 +103,7 @@ public final class Pool: @unchecked Sendable {
         case blocks([DataBlock], discard: Bool)
         case page(UInt)
         case quiesced
+        case writesInPlace
     }
     var drains: [(stamp: UInt64, what: Drained)] = []
     let drainsPending = Atomic<Bool>(false)
@@ -229,15 +231,19 @@ public final class Pool: @unchecked Sendable {
         guard tablePagesUsed > options.tablePages else { return }
         let names = volumesByID.keys.sorted()
         var addresses: [UInt] = []
+        var forgetting: [Volume] = []
         let goal = max(64, options.tablePages / 16)
         for _ in 0..<names.count where addresses.count < goal {
             pagesHand = (pagesHand + 1) % names.count
             guard let volume = volumesByID[names[pagesHand]], volume !== keeping || names.count == 1
             else { continue }
-            volume.table.evict(goal - addresses.count) { addresses.append($0) }
+            let before = addresses.count
+            volume.table.evict(goal - before) { addresses.append($0) }
+            if volume.hasGrants, addresses.count > before { forgetting.append(volume) }
         }
         tablePagesUsed -= addresses.count
         retirePages(addresses)
+        for volume in forgetting { volume.grantsForgotten = epochs.retire() }
     }
 
     func retirePages(_ addresses: [UInt]) {
@@ -256,9 +262,22 @@ public final class Pool: @unchecked Sendable {
             return false
         }
         // Only the table says so; the mapping on disk keeps its time.
+        volume.hasGrants = true
         volume.table.publish(
             block, Mapping(block: mapping.block, time: volume.snapshottedTime))
         return true
+    }
+
+    /// Whether a copy of one of the volume's blocks would have all that was written to it.
+    ///
+    /// Writes in place that `isExclusive` allowed may still be in flight when the table has forgotten
+    /// that it did, and by then the answer may be another.
+    func mayCopy(from volume: Volume) -> Bool { epochs.hasDrained(volume.grantsForgotten) }
+
+    /// Parks a step until `mayCopy` is true.
+    func parkUntilDrained(_ reference: StepReference, _ volume: Volume) {
+        park(reference, in: &drainWaiters)
+        addDrain(volume.grantsForgotten, .writesInPlace)
     }
 
     /// A block to fill; nil: wait, one may come with the next commit.
@@ -400,6 +419,8 @@ public final class Pool: @unchecked Sendable {
             case .quiesced:
                 worker.isQuiesced = true
                 lock.signal()
+            case .writesInPlace:
+                resume(&drainWaiters)
             }
             done += 1
         }
@@ -429,6 +450,7 @@ public final class Pool: @unchecked Sendable {
         tell(waiters, error)
         for volume in volumesByID.values { resume(&volume.heldSteps) }
         resume(&spaceWaiters)
+        resume(&drainWaiters)
         onFailure?(error)
         if !worker.hasIOInFlight { rollBack() }
         lock.signal()

@@ -28,6 +28,13 @@ public final class Volume: @unchecked Sendable {
     /// The transaction that last changed this volume's map.
     let changedIn = Atomic<UInt64>(0)
 
+    /// Connections that have ended while requests of theirs were under way.
+    ///
+    /// A client that comes back sends again what was not answered, and then goes on. If the first
+    /// of two equal writes were still under way, it could undo what the client wrote meanwhile. So
+    /// while there is a fence nobody opens the volume.
+    private let fences = Atomic<Int>(0)
+
     // Under the pool's lock:
     /// Connections that have it open.
     var users = 0
@@ -35,6 +42,10 @@ public final class Volume: @unchecked Sendable {
     var isBeingDeleted = false
     /// The snapshot being taken was made at this time; the gate follows when it is released.
     var pendingTime: UInt32?
+    /// The table has allowed writes in place to blocks whose mapping's time says that they are shared.
+    var hasGrants = false
+    /// The epoch's stamp when the table last forgot such a grant; 0: never.
+    var grantsForgotten: UInt64 = 0
     /// Writes that wait for a snapshot to be taken.
     var heldSteps = ParkedSteps()
 
@@ -72,6 +83,10 @@ public final class Volume: @unchecked Sendable {
         let closed = gate.load(ordering: .relaxed) & Self.closedGate
         gate.store(UInt64(snapshottedTime) | closed, ordering: .sequentiallyConsistent)
     }
+
+    package var isFenced: Bool { fences.load(ordering: .acquiring) > 0 }
+    package func addFence() { fences.wrappingAdd(1, ordering: .acquiringAndReleasing) }
+    package func removeFence() { fences.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
 
     /// No write goes the fast way any more: the pool failed.
     func closeGate() { gate.bitwiseOr(Self.closedGate, ordering: .sequentiallyConsistent) }

@@ -33,6 +33,8 @@ extension VolumeIO {
                 startInPlace(index, mapping)
             } else if pool.isExclusive(volume, step.pointee.virtualBlock, mapping) {
                 startInPlace(index, mapping)
+            } else if !pool.mayCopy(from: volume) {
+                pool.parkUntilDrained(reference(index), volume)
             } else {
                 startFill(index, volume, key, old: mapping)
             }

@@ -51,10 +51,17 @@ struct TestDirectory: ExportDirectory {
         guard names.contains(name) else { return nil }
         return Export(name: name, size: 1 << 30, isReadOnly: false, description: "thin volume")
     }
-    mutating func open(_ name: String) -> Export? {
-        let export = describe(name)
-        if let export { opened.append(export.name) }
-        return export
+    /// How often it is still busy when somebody wants to open one of them.
+    var busy = 0
+
+    mutating func open(_ name: String) -> ExportOpening {
+        guard let export = describe(name) else { return .absent }
+        if busy > 0 {
+            busy -= 1
+            return .busy
+        }
+        opened.append(export.name)
+        return .opened(export)
     }
 }
 

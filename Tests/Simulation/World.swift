@@ -207,29 +207,47 @@ public final class World {
         broken.append(client)
     }
 
-    /// Whether the server still has something of the connection.
-    private func serverHas(_ wire: Wire) -> Bool {
-        arrivals.contains { $0.wire === wire }
-            || reactors.contains { $0.places.contains { $0?.wire === wire } }
+    /// What the server still has of the connection.
+    private func place(of wire: Wire) -> SimulatedReactor.Place? {
+        for reactor in reactors {
+            if let place = reactor.places.first(where: { $0?.wire === wire }) { return place }
+        }
+        return nil
     }
 
-    /// Those whose old connection is over come again, and most send again what was not answered.
+    /// Those come again whose old connection's end the server has noticed, though it may still be
+    /// busy with what came over it; and most send again what was not answered.
     private func reconnectBroken() {
-        for client in broken where !serverHas(client.wire) {
+        for client in broken {
+            if arrivals.contains(where: { $0.wire === client.wire }) { continue }
+            let old = place(of: client.wire)
+            if let old, [.handshake, .transmission].contains(old.connection.phase) { continue }
+            let isWanted =
+                !client.isLeaving && models[client.model.name] === client.model
+                && !client.model.isGoing
+            // Who does not come again is only awaited until nothing of his is under way.
+            if !isWanted, old != nil { continue }
             broken.removeAll { $0 === client }
-            let isWanted = models[client.model.name] === client.model && !client.model.isGoing
             let open = client.reconnect()
-            time += 1
-            for request in open where request.changes {
-                client.model.end(
-                    request.changed, begun: request.begun, at: time, isAcknowledged: false,
-                    isDurable: false)
+            guard isWanted else {
+                endFormer(client)
+                continue
             }
-            guard isWanted, !client.isLeaving, !random.oneIn(4) else { continue }
             counts.reconnects += 1
             connect(client)
-            for request in open { submit(request, by: client) }
+            for request in open where !random.oneIn(4) { submit(request, by: client) }
         }
+    }
+
+    /// Of what the client sent on broken connections nothing is under way any more.
+    private func endFormer(_ client: SimulatedClient) {
+        time += 1
+        for request in client.former where request.changes {
+            client.model.end(
+                request.changed, begun: request.begun, at: time, isAcknowledged: false,
+                isDurable: false)
+        }
+        client.former = []
     }
 
     private func send() throws {
@@ -327,7 +345,9 @@ public final class World {
             client.patience -= 1
             return
         }
-        for reply in try client.receive() {
+        let replies = try client.receive()
+        if client.state == .ready, !client.former.isEmpty { endFormer(client) }
+        for reply in replies {
             time += 1
             try finish(reply, of: client)
         }
@@ -470,6 +490,12 @@ public final class World {
             choices.append { self.worker.step(self) }
         }
         try choices[random.below(choices.count)]()
+        if reactors.contains(where: \.hasUnfenced) {
+            for reactor in reactors {
+                reactor.hasUnfenced = false
+                reactor.wake()
+            }
+        }
         if meter.cutIsDue {
             meter.cutIsDone()
             try crash(keepingCaches: false)

@@ -39,6 +39,9 @@ final class SimulatedClient {
     private var nextCookie: UInt64 = 1
     /// By cookie, which says the order of sending.
     private(set) var unanswered: [UInt64: SentRequest] = [:]
+    /// What it had sent on connections that broke. When the server has let it in again, none of that
+    /// is still under way.
+    var former: [SentRequest] = []
     /// How often it is still passed over when it could read.
     var patience = 0
     /// It has said that it leaves.
@@ -56,6 +59,7 @@ final class SimulatedClient {
     /// A new connection after the last one broke; the requests that have to be sent again.
     func reconnect() -> [SentRequest] {
         let open = unanswered.sorted { $0.key < $1.key }.map(\.value)
+        former += open
         unanswered = [:]
         wire = Wire()
         input = []

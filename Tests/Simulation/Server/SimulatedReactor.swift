@@ -31,6 +31,8 @@ final class SimulatedReactor {
     private let buffers = BufferPool(capacity: BufferPool.largest)
     private(set) var places: [Place?] = []
     private(set) var isAwake = false
+    /// Some volume may be opened again: all reactors are to be woken.
+    var hasUnfenced = false
 
     init(pool: Pool, io: SimulatedDataIO) {
         self.pool = pool
@@ -50,13 +52,18 @@ final class SimulatedReactor {
             places[owner]!.connection.resume(engine)
             if buffers.nextServed == owner { break }
         }
+        for case let place? in places where place.connection.isWaiting {
+            place.connection.resume(engine)
+        }
         engine.endTurn()
         engine.takeFinished { cookie, error in
             let (owner, slot) = Transmission.place(of: cookie)
-            places[owner]!.connection.finish(slot: slot, code: error)
+            if places[owner]!.connection.finish(slot: slot, code: error) { hasUnfenced = true }
         }
         for index in places.indices { settle(index) }
     }
+
+    func wake() { isAwake = true }
 
     func adopt(_ wire: Wire) {
         let index = places.firstIndex { $0 == nil } ?? places.count
