@@ -36,6 +36,32 @@ import Testing
         #expect(session.directory.opened == ["beta"])
     }
 
+    @Test(arguments: [OptionCode.go, .exportName])
+    func aBusyExportIsOpenedWhenItIsAskedForAgain(code: OptionCode) {
+        var directory = TestDirectory()
+        directory.busy = 2
+        var handshake = Handshake()
+        var output: [UInt8] = []
+        let data = code == .go ? query("beta") : Array("beta".utf8)
+        var input = newstyle + option(code, data)
+        var outcomes: [Handshake.Outcome] = []
+        while outcomes.count < 10 {
+            let (consumed, outcome) = input.withUnsafeBytes {
+                handshake.advance($0, output: &output, exports: &directory)
+            }
+            input.removeFirst(consumed)
+            outcomes.append(outcome)
+            if case .transmit = outcome { break }
+        }
+        #expect(outcomes.count(where: { $0 == .wait }) == 2)
+        #expect(directory.opened == ["beta"])
+        guard case .transmit(let export) = outcomes.last else {
+            Issue.record("no transmission: \(outcomes)")
+            return
+        }
+        #expect(export.name == "beta")
+    }
+
     @Test func infoSaysTheSameAsGoAndOpensNothing() throws {
         let session = Session(newstyle + option(.info, query("beta")) + option(.go, query("beta")))
         let replies = try #require(session.replies)

@@ -73,6 +73,47 @@ import ThinPool
         #expect(try client.simple(.flush) == .none)
     }
 
+    /// A client that comes back is let in only when nothing of its last connection is under way, or
+    /// an old write could undo what it writes next.
+    @Test(arguments: [true, false]) func aFencedVolumeIsOpenedWhenTheFenceIsGone(ring: Bool) throws {
+        let server = try TestServer(ring: ring)
+        let volume = try #require(server.pool.pool.open(exportNamed: "alpha"))
+        defer { server.pool.pool.close(volume) }
+        volume.addFence()
+        let isIn = Mutex(false)
+        let path = server.socketPath
+        let coming = TestThread {
+            guard let client = try? Client(unix: path, export: "alpha"),
+                (try? client.simple(.flush)) == WireError.none
+            else { return }
+            isIn.withLock { $0 = true }
+        }
+        // Another volume's clients, and this one's that are in already, are not concerned.
+        #expect(!eventually(within: 0.5) { isIn.withLock { $0 } })
+        volume.removeFence()
+        #expect(eventually { isIn.withLock { $0 } })
+        coming.join()
+    }
+
+    @Test func whoLeftWithWritesUnderWayComesBack() throws {
+        let server = try TestServer()
+        var random = SplitMix(state: 9)
+        for round in 0..<20 {
+            let client = try Client(unix: server.socketPath, export: "alpha")
+            for block in UInt64(0)..<32 {
+                let bytes = random.bytes(4096)
+                try client.send(
+                    Client.request(
+                        Command.write, cookie: block,
+                        offset: (UInt64(round) * 32 + block) * 65_536, length: 4096, flags: .fua)
+                        + bytes)
+            }
+            client.reset()
+        }
+        let client = try Client(unix: server.socketPath, export: "alpha")
+        #expect(try client.simple(.flush) == .none)
+    }
+
     @Test func listAndDefaultExport() throws {
         let many = try TestServer(volumes: [("alpha", mebibyte), ("beta", mebibyte)])
         let client = try Client(unix: many.socketPath)
