@@ -415,8 +415,9 @@ public final class Pool: @unchecked Sendable {
             tablePagesUsed -= addresses.count
             retirePages(addresses)
         }
+        // A device that takes no write any more can perhaps be read.
+        try? ThinMetadata.setNeedsCheck(metadataDevice, true)
         do throws(MetadataError) {
-            try ThinMetadata.setNeedsCheck(metadataDevice, true)
             metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks)
         } catch {
             metadataIsLost = true
