@@ -195,6 +195,7 @@ final class RecordedDisk: BlockDevice {
     static let secret: UInt8 = 0xEE
 
     let name: DeviceName
+    let path: String
     let recording: Recording
     private(set) var platter: Platter
     /// What was on the medium when the recording began.
@@ -203,14 +204,14 @@ final class RecordedDisk: BlockDevice {
     /// Called before each read that the pool does by itself.
     var onRead: (() -> Void)?
 
-    init(_ name: DeviceName, _ platter: Platter, _ recording: Recording) {
+    init(_ name: DeviceName, _ platter: Platter, _ recording: Recording, path: String? = nil) {
         self.name = name
+        self.path = path ?? name.rawValue
         self.platter = platter
         first = platter
         self.recording = recording
     }
 
-    var path: String { name.rawValue }
     var size: UInt64 { UInt64(platter.count) }
 
     func grow(to bytes: Int) {
