@@ -187,6 +187,11 @@ final class Ledger {
 
     var inFlight: Int { sent.count }
 
+    /// A change of a volume was told to have failed.
+    var hasRefusedChange: Bool {
+        books.values.contains { $0.created.error != nil || $0.deletion?.error != nil }
+    }
+
     /// Everything that was sent is answered, and every change of a volume told.
     func settle() throws {
         try bench.settle {
@@ -281,8 +286,9 @@ final class Ledger {
             let isPromised =
                 book.created.error == nil && book.created.toldAt.map { $0 <= time } ?? false
                 && book.deletionAsked.map { $0 > time } ?? true
+            // A change that failed may have happened all the same.
             let isGone =
-                book.asked > time || book.created.error != nil
+                book.asked > time
                 || (book.deletion?.error == nil
                     && book.deletion?.toldAt.map { $0 <= time } ?? false)
             try aftermath.require(!isPromised || found.contains(name), "volume \(name) is lost")

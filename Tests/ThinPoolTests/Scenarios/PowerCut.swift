@@ -42,10 +42,12 @@ struct PowerCut {
     /// What is on the medium for certain, and what may be.
     private struct Medium {
         var certain: Platter
-        /// I/Os that a flush has not covered, in the order of their effects.
-        var loose: [Loose] = []
-        /// Counts what made something certain.
-        var generation = 0
+        /// I/Os that have ended and that no flush has covered, in that order.
+        var ended: [Loose] = []
+        /// Begun and not ended: they may have had their effect.
+        var inFlight: [Loose] = []
+
+        var loose: [Loose] { ended + inFlight }
     }
 
     private struct Loose {
@@ -60,52 +62,36 @@ struct PowerCut {
 
     private func advance(_ state: State, _ index: Int, begins: Bool) {
         let io = recording.ios[index]
-        if io.kind == .read { return }
-        if begins {
-            if io.changesDevice { state.media[io.device]!.loose.append(Loose(index: index)) }
-            return
-        }
         if io.kind == .flush {
-            if io.error == 0 { flushed(state, io) }
+            if !begins && io.error == 0 { flushed(&state.media[io.device]!, io) }
+        } else if begins {
+            state.media[io.device]!.inFlight.append(Loose(index: index))
+        } else {
+            ended(&state.media[io.device]!, index, io)
+        }
+    }
+
+    private func ended(_ medium: inout Medium, _ index: Int, _ io: RecordedIO) {
+        let position = medium.inFlight.firstIndex { $0.index == index }!
+        let entry = medium.inFlight.remove(at: position)
+        guard io.isDurable && io.error == 0 else {
+            medium.ended.append(entry)
             return
         }
-        // Effects come in the order in which I/Os end: behind it is only what is in flight.
-        var loose = state.media[io.device]!.loose
-        let position = loose.firstIndex { $0.index == index }!
-        let entry = loose.remove(at: position)
-        let firstInFlight =
-            loose.firstIndex { recording.ios[$0.index].end.map { $0 > io.end! } ?? true }
-            ?? loose.count
-        loose.insert(entry, at: firstInFlight)
-        state.media[io.device]!.loose = loose
-        if io.isDurable && io.error == 0 { madeDurable(state, index) }
-    }
-
-    private func flushed(_ state: State, _ flush: RecordedIO) {
-        var left: [Loose] = []
-        for entry in state.media[flush.device]!.loose {
-            let io = recording.ios[entry.index]
-            if let end = io.end, end < flush.begin {
-                if io.hasEffect { apply(entry, to: &state.media[flush.device]!.certain) }
-            } else {
-                left.append(entry)
-            }
-        }
-        state.media[flush.device]!.loose = left
-        state.media[flush.device]!.generation += 1
-    }
-
-    private func madeDurable(_ state: State, _ index: Int) {
-        let io = recording.ios[index]
         let sectors = (io.offset / Self.sector)..<(io.range.upperBound / Self.sector)
-        var medium = state.media[io.device]!
-        let position = medium.loose.firstIndex { $0.index == index }!
-        for i in 0..<position where recording.ios[medium.loose[i].index].range.overlaps(io.range) {
-            medium.loose[i].overtaken.formUnion(sectors)
+        for i in medium.ended.indices
+        where recording.ios[medium.ended[i].index].range.overlaps(io.range) {
+            medium.ended[i].overtaken.formUnion(sectors)
         }
-        apply(medium.loose.remove(at: position), to: &medium.certain)
-        medium.generation += 1
-        state.media[io.device] = medium
+        apply(entry, to: &medium.certain)
+    }
+
+    private func flushed(_ medium: inout Medium, _ flush: RecordedIO) {
+        let covered = medium.ended.prefix { recording.ios[$0.index].end! < flush.begin }
+        for entry in covered where recording.ios[entry.index].hasEffect {
+            apply(entry, to: &medium.certain)
+        }
+        medium.ended.removeFirst(covered.count)
     }
 
     private func apply(_ entry: Loose, to platter: inout Platter) {
