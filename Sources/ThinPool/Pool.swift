@@ -323,6 +323,14 @@ public final class Pool: @unchecked Sendable {
 
     // MARK: - Commits
 
+    /// There is something to commit, or being committed: metadata space may come back with it.
+    var commitGivesBack: Bool {
+        switch worker.activity {
+        case .writeBlocks, .flushMetadata, .writeSuperblock: return true
+        default: return metadata.hasChanges
+        }
+    }
+
     func requestCommit() {
         commitRequested = true
         lock.signal()
