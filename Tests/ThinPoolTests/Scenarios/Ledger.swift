@@ -53,7 +53,7 @@ final class Ledger {
 
     init(_ bench: Bench) {
         self.bench = bench
-        bench.onAnswer = { [unowned self] in finish($0, $1, $2) }
+        bench.onAnswer = { [weak self] in self?.finish($0, $1, $2) }
     }
 
     var volumes: [String] {
@@ -309,26 +309,35 @@ final class Ledger {
         }
     }
 
-    /// What a bench's volumes hold now is what was answered; nothing is in flight.
-    ///
-    /// - Parameter other: another pool that holds the same volumes, such as this one reopened.
-    func verify(now other: Bench? = nil, _ what: String = "now") throws {
-        let bench = other ?? self.bench
+    /// What the volumes hold now is what was answered; nothing is in flight.
+    func verify() throws {
         for name in volumes {
-            let sectors = try bench.sectors(bench.volume(name))
-            for unit in 0..<(sectors.count / Self.sectorsPerUnit) {
-                let allowed = allowed(name, unit, until: Int.max) { $0.answered != nil }
-                for sector in
-                    (unit * Self.sectorsPerUnit)..<((unit + 1) * Self.sectorsPerUnit)
-                where sectors[sector].map({ !allowed.contains($0) }) ?? true {
-                    throw ScenarioFailure(
-                        "\(what): sector \(sector) of \(name) holds "
-                            + "\(sectors[sector].map(String.init) ?? "a torn write"), allowed are "
-                            + "\(allowed)")
-                }
+            try verify(name, in: bench, "now") { unit in
+                allowed(name, unit, until: Int.max) { $0.answered != nil }
             }
         }
-        guard wrongReads.isEmpty else { throw ScenarioFailure("\(what): \(wrongReads[0])") }
+        guard wrongReads.isEmpty else { throw ScenarioFailure(wrongReads[0]) }
+    }
+
+    /// One volume that a cut left behind.
+    func verify(_ name: String, in other: Bench, cutAt time: Int, _ what: String) throws {
+        try verify(name, in: other, what) { allowed(name, $0, cutAt: time) }
+    }
+
+    private func verify(
+        _ name: String, in bench: Bench, _ what: String, _ allowed: (Int) -> [UInt8]
+    ) throws {
+        let sectors = try bench.sectors(bench.volume(name))
+        for unit in 0..<(sectors.count / Self.sectorsPerUnit) {
+            let allowed = allowed(unit)
+            for sector in (unit * Self.sectorsPerUnit)..<((unit + 1) * Self.sectorsPerUnit)
+            where sectors[sector].map({ !allowed.contains($0) }) ?? true {
+                throw ScenarioFailure(
+                    "\(what): sector \(sector) of \(name) holds "
+                        + "\(sectors[sector].map(String.init) ?? "a torn write"), allowed are "
+                        + "\(allowed)")
+            }
+        }
     }
 }
 
@@ -348,8 +357,8 @@ struct RandomClients {
         random = SeededRandom(seed: seed)
     }
 
-    /// Asks for something, and lets some of what was asked for happen.
-    mutating func act() throws {
+    /// Asks for something, and lets some of what was asked for happen: fewer things than `steps`.
+    mutating func act(steps: Int = 6) throws {
         let names = ledger.volumes
         let reactor = random.below(reactors)
         if names.isEmpty { try ledger.bench.settle { !ledger.volumes.isEmpty } }
@@ -379,7 +388,7 @@ struct RandomClients {
                 try ledger.write(name, units: units, fua: random.oneIn(8), on: reactor)
             }
         }
-        for _ in 0..<random.below(6) { ledger.bench.progress() }
+        for _ in 0..<random.below(steps) { ledger.bench.progress() }
         if random.oneIn(15) { ledger.bench.now += 1_100_000_000 }
     }
 

@@ -19,6 +19,7 @@ struct RecordedCommit {
 
 struct Orders {
     private let recording: Recording
+    private let flushes: [RecordedIO]
     private let commits: [RecordedCommit]
     /// What was wrong; empty: every order was kept.
     private(set) var violations: [String] = []
@@ -28,6 +29,7 @@ struct Orders {
     /// Reads the commits of a bench's recording.
     init(_ bench: Bench) throws {
         recording = bench.recording
+        flushes = recording.ios.filter { $0.kind == .flush && $0.isDone }
         var commits: [RecordedCommit] = []
         let image = MetadataImage(bench.metadataDisk.first)
         let writes = recording.ios.filter {
@@ -53,10 +55,7 @@ struct Orders {
 
     /// A flush of the device that began after `from` and ended before `until`.
     private func hasFlush(_ device: DeviceName, after from: Int, before until: Int) -> Bool {
-        recording.ios.contains {
-            $0.device == device && $0.kind == .flush && $0.isDone && $0.begin > from
-                && $0.end! < until
-        }
+        flushes.contains { $0.device == device && $0.begin > from && $0.end! < until }
     }
 
     /// No other write of metadata is in flight beside a superblock.
@@ -102,18 +101,23 @@ struct Orders {
     /// What a new mapping refers to was written whole, and a flush that began when that had ended
     /// was over before the superblock began.
     private mutating func checkMappings() {
+        // By the data block whose first byte they write, in the order in which they began.
+        var fills: [UInt64: [RecordedIO]] = [:]
+        for io in recording.ios
+        where io.device == .data && io.changesDevice && io.kind != .discard && io.hasEffect {
+            let first = (io.offset + Bench.blockSize - 1) / Bench.blockSize
+            for block in first..<max(first, (io.range.upperBound - 1) / Bench.blockSize + 1) {
+                fills[UInt64(block), default: []].append(io)
+            }
+        }
         var freedAt: [UInt64: Int] = [:]
         var before: Set<UInt64> = []
         for commit in commits {
             for block in commit.mapped.subtracting(before) {
                 let start = Int(block) * Bench.blockSize
                 let range = start..<(start + Bench.blockSize)
-                let fill = recording.ios.first {
-                    $0.device == .data && $0.changesDevice && $0.kind != .discard
-                        && $0.hasEffect && $0.range.contains(start)
-                        && $0.begin > freedAt[block] ?? -1
-                }
-                guard let fill else {
+                let free = freedAt[block] ?? -1
+                guard let fill = fills[block]?.first(where: { $0.begin > free }) else {
                     require(false, "data block \(block) is mapped and was never written")
                     continue
                 }
