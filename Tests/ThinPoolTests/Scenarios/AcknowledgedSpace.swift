@@ -1,8 +1,8 @@
 // btrfs, 2019: on a full file system a write was acknowledged because it needed no space; then a
 // reflink made its extent shared, and when it was written back there was no space for the copy.
 //
-// T27 to T32: a promise made under a condition outlives the condition. What was answered stays, what
-// does not fit is refused before it is answered, and a full pool can always be emptied.
+// T27 to T32: a promise made under a condition outlives the condition. What was answered stays,
+// what does not fit is refused before it is answered, and a full pool can always be emptied.
 
 import Glibc
 import Simulation
@@ -112,7 +112,7 @@ import ThinPool
             for (index, sent) in cookies.enumerated() {
                 let error = bench.answer(sent.cookie)!
                 try aftermath.require([0, ENOSPC].contains(error), "errno \(error)")
-                // Without a free block a write is done in place, before the snapshot, or not at all.
+                // Without a free block a write is done in place, before the snapshot, or not.
                 let expected = error == 0 ? b : a
                 if answeredAt[sent.cookie]! < askedAt {
                     try aftermath.require(error == 0, "refused before there was a snapshot")

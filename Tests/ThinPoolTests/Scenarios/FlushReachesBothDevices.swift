@@ -3,8 +3,8 @@
 //
 // T16 to T20: a flush reaches the data device always, and the metadata device in the order that a
 // map needs. dm-integrity could let its two flushes overlap, because nothing on the one device
-// depended on the other. Here the data flush may overlap the metadata *blocks*, which nothing refers
-// to yet, but not the superblock.
+// depended on the other. Here the data flush may overlap the metadata *blocks*, which nothing
+// refers to yet, but not the superblock.
 
 import Glibc
 import Testing
@@ -72,8 +72,8 @@ import ThinPool
         let metadataFlushes = ios.filter { $0.device == .metadata && $0.kind == .flush }
         let superblocks = ios.filter(\.isSuperblock)
         // No I/O more than these.
-        #expect(data.count == 1 && dataFlushes.count == 1)
-        #expect(metadataFlushes.count == 1 && superblocks.count == 1 && !blocks.isEmpty)
+        try #require(data.count == 1 && dataFlushes.count == 1)
+        try #require(metadataFlushes.count == 1 && superblocks.count == 1 && !blocks.isEmpty)
         #expect(
             ios.filter { $0.kind != .read }.count == 4 + blocks.count)
         #expect(data[0].end! < dataFlushes[0].begin)
@@ -94,7 +94,9 @@ import ThinPool
     }
 
     /// The checks of T17, and the cuts, see an order that is wrong.
-    @Test("T17 control: a superblock that is part of the overlap is caught", arguments: Disorder.allCases)
+    @Test(
+        "T17 control: a superblock that is part of the overlap is caught",
+        arguments: Disorder.allCases)
     func t17Control(_ disorder: Disorder) throws {
         let (bench, volume) = try Self.benchWithVolume()
         switch disorder {

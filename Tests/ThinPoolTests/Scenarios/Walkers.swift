@@ -1,9 +1,9 @@
-// btrfs, 2016: device replace walked over the committed tree with a cursor, and what was written at
-// the wrong moment, to the wrong side of the cursor, never reached the new device.
+// btrfs, 2016: device replace walked over the committed tree with a cursor, and what was written
+// at the wrong moment, to the wrong side of the cursor, never reached the new device.
 //
-// The walkers that exist here: the deletion of a large volume, which goes on in slices while clients
-// write, and the check of a pool that is being used. What is changed behind, at and beyond the
-// cursor is neither missed nor damaged, and a check sees exactly one committed state.
+// The walkers that exist here: the deletion of a large volume, which goes on in slices while
+// clients write, and the check of a pool that is being used. What is changed behind, at and beyond
+// the cursor is neither missed nor damaged, and a check sees exactly one committed state.
 
 import Glibc
 import Simulation
@@ -65,8 +65,8 @@ import ThinPool
         #expect(states > 24)
     }
 
-    /// The volume that goes and its snapshot share every leaf that the walker comes to. The snapshot
-    /// is written, unmapped and zeroed before, at and behind the walker's place.
+    /// The volume that goes and its snapshot share every leaf that the walker comes to. The
+    /// snapshot is written and unmapped before, at and behind the walker's place.
     @Test("background deletion: a snapshot that shares all blocks keeps them, changed or not")
     func deletionBesideASnapshot() throws {
         let (bench, _) = try LargeVolume.bench(metadataBlocks: 150)
@@ -101,7 +101,9 @@ import ThinPool
                 left.insert(deleted.mappedBytes)
             }
         }
-        try bench.settle { deletion.isDone && changes.allSatisfy { bench.answer($0.cookie) != nil } }
+        try bench.settle {
+            deletion.isDone && changes.allSatisfy { bench.answer($0.cookie) != nil }
+        }
         var refused = 0
         for (mark, byte, cookie) in changes {
             // Metadata is short on purpose. What does not fit changes nothing.
