@@ -369,6 +369,14 @@ public final class Pool: @unchecked Sendable {
 
     // MARK: - Commits
 
+    /// There is something to commit, or being committed: metadata space may come back with it.
+    var commitGivesBack: Bool {
+        switch worker.activity {
+        case .writeBlocks, .flushMetadata, .writeSuperblock: return true
+        default: return metadata.hasChanges
+        }
+    }
+
     func requestCommit() {
         commitRequested = true
         lock.signal()
@@ -464,8 +472,9 @@ public final class Pool: @unchecked Sendable {
             tablePagesUsed -= addresses.count
             retirePages(addresses)
         }
+        // A device that takes no write any more can perhaps be read.
+        try? ThinMetadata.setNeedsCheck(metadataDevice, true)
         do throws(MetadataError) {
-            try ThinMetadata.setNeedsCheck(metadataDevice, true)
             metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks)
         } catch {
             metadataIsLost = true
