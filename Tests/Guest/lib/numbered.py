@@ -1,23 +1,24 @@
-# Numbered operations on a file or block device, and the check of what is left of them after a crash.
+# Numbered operations on a file or block device, and the check of what is left of them after a
+# crash.
 #
 # Operation N of a SEED is always the same: it writes one or more slots of 4 KiB, or now and then
-# gives a whole pool block back. Every 32 bytes that it writes say which slot they are and N. So from
-# the seed and the number of the last acknowledged operation follows all that must be there, and the
-# check needs no record of what was written, only how far it got.
+# gives a whole pool block back. Every 32 bytes that it writes say which slot they are and N. So
+# from the seed and the number of the last acknowledged operation follows all that must be there,
+# and the check needs no record of what was written, only how far it got.
 #
-#   numbered.py write TARGET SEED SLOTS FIRST COUNT [--fua] [--file] [--stop FILE] [--no-flush]
+#   numbered.py write TARGET SEED SLOTS FIRST COUNT [--fua | --no-flush] [--file] [--stop FILE]
 #       does COUNT operations, fsync after every few, and prints "acked N" when it has returned.
 #       --fua: each operation is durable by itself, by O_DSYNC, instead of fsync
-#       --file: for a file: no discards, and through the page cache
+#       --no-flush: neither: acknowledged is what the device has acknowledged
+#       --file: TARGET is a file: through the page cache, and no discards
 #       --stop: ends early, after an acknowledgement, when FILE appears
-#       --no-flush: no fsync either: acknowledged is what the device acknowledged
 #
-#   numbered.py check TARGET SEED SLOTS RUN... [--instant] [--count-lost]
-#       Each RUN is FIRST:ACKED:TRIED, in their order: operations FIRST to ACKED were acknowledged,
-#       those up to TRIED may have been done or not. Prints each kind of damage once with its count;
-#       exit status 1 when there is any.
-#       --instant: moreover the state must be that of one instant: no operation without all before it
-#       --count-lost: print how many acknowledged operations are missing, which is no damage then
+#   numbered.py check TARGET SEED SLOTS RUN... [--file] [--instant | --count-lost]
+#       Each RUN is FIRST:ACKED:TRIED, in their order: operations FIRST to ACKED were
+#       acknowledged, those up to TRIED may have been done or not. Prints each kind of damage once
+#       with its count; exit status 1 when there is any.
+#       --instant: the state must be that of one instant: no operation without all before it
+#       --count-lost: tell how many acknowledged operations are missing, which is no damage then
 import fcntl
 import hashlib
 import mmap
