@@ -7,10 +7,12 @@
 # and the check needs no record of what was written, only how far it got.
 #
 #   numbered.py write TARGET SEED SLOTS FIRST COUNT [--fua | --no-flush] [--file] [--stop FILE]
+#                     [--mark NAME]
 #       does COUNT operations, fsync after every few, and prints "acked N" when it has returned.
 #       --fua: each operation is durable by itself, by O_DSYNC, instead of fsync
 #       --no-flush: neither: acknowledged is what the device has acknowledged
 #       --file: TARGET is a file: through the page cache, and no discards
+#       --mark: says so also in the log of the log-writes device NAME, as acked:N
 #       --stop: ends early, after an acknowledgement, when FILE appears
 #
 #   numbered.py check TARGET SEED SLOTS RUN... [--file] [--instant | --count-lost]
@@ -25,6 +27,8 @@ import mmap
 import os
 import struct
 import sys
+
+from device_mapper import message
 
 SLOT, SECTOR, PIECE = 4096, 512, 32
 BLOCK_SLOTS = 65536 // SLOT
@@ -84,6 +88,8 @@ def write(target, seed, slots, first, count, options):
             os.fsync(file)
         else:
             continue
+        if "--mark" in options:
+            message(options["--mark"], f"mark acked:{number}")
         print("acked", number, flush=True)
         if stop and os.path.exists(stop):
             return
@@ -185,7 +191,7 @@ def main():
     words, options = [], {}
     arguments = iter(sys.argv[1:])
     for word in arguments:
-        if word == "--stop":
+        if word in ("--stop", "--mark"):
             options[word] = next(arguments)
         elif word.startswith("--"):
             options[word] = True
