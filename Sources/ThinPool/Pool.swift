@@ -329,7 +329,11 @@ public final class Pool: @unchecked Sendable {
             return .failed(EIO)
         }
         reservations -= 1
+        let before = volume.table.pages
         volume.table.publish(block, Mapping(block: target, time: metadata.time))
+        // The first mapping of a page that was known to be empty makes it one that takes memory.
+        tablePagesUsed += volume.table.pages - before
+        evictTablePages(keeping: volume)
         markChanged(volume)
         return .done
     }
