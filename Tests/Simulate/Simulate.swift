@@ -65,12 +65,11 @@ struct Simulate: ParsableCommand {
             }
             done += 1
             current += 1
-            if seed != nil || isOver() || (minutes == nil && done >= seeds) { break }
+            if seed != nil || isOver() || done >= seeds { break }
         }
         let elapsed = Self.seconds() - start
-        let simulated = Double(total.simulated) / 3.6e12
         print(
-            "\(done) seeds in \(Int(elapsed)) s: \(Int(simulated * 10)) tenths of simulated hours, "
+            "\(done) seeds in \(Int(elapsed)) s: \(total.simulated / 1_000_000_000) simulated seconds, "
                 + total.words.map { "\($0.1) \($0.0)" }.joined(separator: ", "))
     }
 
