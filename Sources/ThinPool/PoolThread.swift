@@ -222,6 +222,6 @@ extension Pool {
         isReadOnly
             || (worker.isIdle && !metadata.hasChanges && !commitRequested && worker.changes.isEmpty
                 && worker.current == nil && discards.isEmpty
-                && (stopsDeleting || deletionsLeft == 0))
+                && (stopsDeleting || worker.deletionLacksSpace || deletionsLeft == 0))
     }
 }

@@ -61,6 +61,8 @@ final class WorkerState {
     var waiters: [Pool.CommitWaiter] = []
     var lastCommit: UInt64 = 0
     var discardRefused = false
+    /// No metadata space to go on deleting, until something is committed.
+    var deletionLacksSpace = false
     /// A commit was done since a discard or a slice of a deletion had its turn.
     var owesOthers = false
 
@@ -231,6 +233,7 @@ extension Pool {
             transaction.copySuperblock(to: $0.baseAddress!)
         }
         durableSequence.store(worker.committing, ordering: .releasing)
+        worker.deletionLacksSpace = false
         if freed.unshared { lastUnshared = epochs.retire() }
         if !freed.discarded.isEmpty || !freed.replaced.isEmpty {
             let stamp = epochs.retire()
@@ -279,7 +282,8 @@ extension Pool {
 
     /// One slice of the oldest deletion, or nil if there is none.
     private func deletionStep() -> WorkerStep? {
-        guard !isReadOnly, !stopsDeleting, let id = catalogue.deleting.first(where: { !forgotten.contains($0) })
+        guard !isReadOnly, !stopsDeleting, !worker.deletionLacksSpace,
+            let id = catalogue.deleting.first(where: { !forgotten.contains($0) })
         else { return nil }
         do throws(MetadataError) {
             if try metadata.deleteSlice(ThinDeviceID(id), budget: options.bounds.deletionSlice) {
@@ -289,7 +293,12 @@ extension Pool {
             endOperation()
         } catch {
             if case .outOfMetadataSpace = error {
-                // The next commit gives back what the slices so far have freed.
+                // The next commit gives back what the slices so far have freed; without one there is
+                // nothing to be had, and it is tried again after some other commit.
+                guard commitGivesBack else {
+                    worker.deletionLacksSpace = true
+                    return nil
+                }
                 requestCommit()
                 return .again
             }
