@@ -131,7 +131,8 @@ public enum VolumeRules {
     public static func nameProblem(_ name: String) -> String? {
         if name.isEmpty { return "a volume's name is empty" }
         if name.utf8.count > maxNameBytes {
-            return "a volume's name is at most \(maxNameBytes) bytes, this one has \(name.utf8.count)"
+            return "a volume's name is at most \(maxNameBytes) bytes, this one has "
+                + "\(name.utf8.count)"
         }
         let allowed = name.unicodeScalars.allSatisfy {
             ($0.isASCII && $0.properties.isAlphabetic) || ("0"..."9").contains($0)

@@ -140,7 +140,8 @@ extension Pool {
         let prepared = worker.current!
         if let error {
             finishCurrent(
-                PoolError(.device, "the catalogue cannot be written to \(dataDevice.path): \(error)"))
+                PoolError(
+                    .device, "the catalogue cannot be written to \(dataDevice.path): \(error)"))
             return
         }
         guard case .snapshot(let origin, _) = prepared.change.change,
@@ -276,7 +277,8 @@ extension Pool {
 
     private func existing(_ name: String) throws(PoolError) -> Volume {
         guard let volume = volumesByName[name] else {
-            throw PoolError(.noSuchVolume, "there is no volume \"\(name)\": see \"wafer volume list\"")
+            throw PoolError(
+                .noSuchVolume, "there is no volume \"\(name)\": see \"wafer volume list\"")
         }
         return volume
     }
@@ -302,7 +304,8 @@ extension Pool {
         used.formUnion(catalogue.deleting)
         guard let id = (1..<CatalogueLayout.device.rawValue).first(where: { !used.contains($0) })
         else {
-            throw PoolError(.tooManyVolumes, "the pool has as many thin devices as it can: delete some")
+            throw PoolError(
+                .tooManyVolumes, "the pool has as many thin devices as it can: delete some")
         }
         return ThinDeviceID(id)
     }

@@ -258,9 +258,9 @@ public final class Pool: @unchecked Sendable {
     /// A volume that shared it and has unmapped it may still have a read of it in flight, which
     /// must not see what is written now: so only once those have drained.
     func isExclusive(_ volume: Volume, _ block: UInt64, _ mapping: Mapping) -> Bool {
-        guard epochs.hasDrained(lastUnshared), (try? metadata.isExclusive(volume.id, VirtualBlock(block))) == true else {
-            return false
-        }
+        guard epochs.hasDrained(lastUnshared),
+            (try? metadata.isExclusive(volume.id, VirtualBlock(block))) == true
+        else { return false }
         // Only the table says so; the mapping on disk keeps its time.
         volume.hasGrants = true
         volume.table.publish(

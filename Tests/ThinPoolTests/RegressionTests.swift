@@ -100,7 +100,9 @@ import ThinPool
         try bench.change(.create(name: "w", size: UInt64(Self.block)))
         let v = try bench.volume("v")
         var filled = 0
-        while try bench.write(1, v, at: filled * Self.block, length: Self.block) == 0 { filled += 1 }
+        while try bench.write(1, v, at: filled * Self.block, length: Self.block) == 0 {
+            filled += 1
+        }
         #expect(filled > 0)
         try bench.change(.delete(name: "w"))
         try bench.rest()
