@@ -143,6 +143,44 @@ import ThinMetadata
         #expect(harness.pool.metadataBlocks == 40_000)
     }
 
+    /// The bitmaps that growth adds are used before they have been written for the first time: what
+    /// their places on the device hold until then is not theirs.
+    @Test func newBitmapsAreUsedBeforeTheyAreWritten() throws {
+        let harness = try Harness(metadataBlocks: 1000, dataBlocks: 1000, cacheBlocks: 8)
+        try harness.create(1)
+        try harness.commit()
+        try harness.pool.growData(to: 40_000)
+        try harness.freeze()
+        for virtual in 0..<3 as Range<UInt64> {
+            var skipped: [DataBlock] = []
+            for _ in 0..<15_000 {
+                if let block = try harness.pool.allocateDataBlock() { skipped.append(block) }
+            }
+            #expect(try harness.write(1, virtual))
+            for block in skipped { harness.pool.releaseReservation(block) }
+        }
+        try harness.finishCommit()
+        try harness.commit()
+        #expect(harness.pool.dataBlocksUsed == 3)
+    }
+
+    /// The same of the metadata's own, which a freeze itself may need.
+    @Test func newMetadataBitmapsAreUsedBeforeTheyAreWritten() throws {
+        let harness = try Harness(metadataBlocks: 16_300, dataBlocks: 40_000, cacheBlocks: 8)
+        try harness.create(1)
+        try harness.commit()
+        harness.device.grow(blocks: 40_000)
+        // Something lies there: the device is not new.
+        for block in 16_300..<16_400 as Range<UInt64> { memset(harness.device.block(block), 7, 4096) }
+        try harness.pool.growMetadata()
+        for round in 0..<40 as Range<UInt64> {
+            try harness.freeze()
+            try harness.write(1, round)
+            try harness.finishCommit()
+        }
+        try harness.commit()
+    }
+
     /// A bitmap whose new place is not written yet must not be read back from there.
     @Test func bitmapsStayUntilTheirCommitIsDurable() throws {
         let harness = try Harness(metadataBlocks: 1000, dataBlocks: 12 * 16_320, cacheBlocks: 8)
