@@ -76,6 +76,8 @@ struct MetadataOptions {
         case .full:
             metadataBlocks = 100 + random.below(260)
             dataBlocks = min(dataBlocks, 40_000)
+            bulk = max(bulk, 300)
+            if !random.oneIn(3) { weights[Operation.growMetadata.rawValue] = 0 }
         }
         if random.oneIn(12) {
             // The index of the data bitmaps has several leaves.

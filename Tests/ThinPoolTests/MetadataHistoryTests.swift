@@ -1,0 +1,26 @@
+// Random histories of the metadata alone against a model, and the tools' opinion of what is left.
+//
+// A few, with every assertion on; `Scripts/simulate --metadata` runs as many as there is time for.
+
+import Simulation
+import Testing
+
+@Suite struct MetadataHistoryTests {
+    @Test func historiesOfTheMetadataAgreeWithTheModelAndTheTools() throws {
+        let inspection = Inspection.installed
+        try #require(!inspection.tools.isEmpty, "no thin_check: run Scripts/setup")
+        var total = MetadataCounts()
+        for seed in UInt64(1)...10 {
+            do {
+                total = total + (try MetadataHistory(seed: seed).run { try inspection.inspect($0) })
+            } catch {
+                Issue.record(
+                    "seed \(seed): \(error); "
+                        + "repeat it with Scripts/simulate --metadata --seed \(seed)")
+                return
+            }
+        }
+        // The histories did what they are for.
+        #expect(total.powerCuts > 0 && total.snapshots > 0 && total.insertions > 10_000)
+    }
+}
