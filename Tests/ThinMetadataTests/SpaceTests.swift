@@ -8,8 +8,18 @@ import ThinMetadata
     /// Whatever the size: provisioning stops in time, every freeze succeeds, and all can be undone.
     @Test(arguments: [100, 120, 160, 200, 400, 1000])
     func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
+        try fillAndEmpty(blocks, dataBlocks: 60_000)
+    }
+
+    /// The same where the blocks of a leaf may lie in more bitmaps than a small reserve has room for.
+    @Test(arguments: [300, 400])
+    func aFullMetadataDeviceOfManyBitmapsCanBeEmptied(blocks: Int) throws {
+        try fillAndEmpty(blocks, dataBlocks: 100 * 16_320)
+    }
+
+    private func fillAndEmpty(_ blocks: Int, dataBlocks: UInt64) throws {
         var random = Generator(seed: UInt64(blocks))
-        let harness = try Harness(metadataBlocks: blocks, dataBlocks: 60_000, cacheBlocks: 8)
+        let harness = try Harness(metadataBlocks: blocks, dataBlocks: dataBlocks, cacheBlocks: 8)
         harness.toolEvery = 60
         var made: UInt64 = 0
         var refused = 0

@@ -121,11 +121,11 @@ struct MetadataDamage {
         let count = min(Int(bytes.le32(NodeLayout.entryCount)), 252)
         let capacity = min(Int(bytes.le32(NodeLayout.maxEntries)), 336)
         let size = min(Int(bytes.le32(NodeLayout.valueSize)), 24)
-        let entry = random.oneIn(2) ? 0 : random.below(count + 1)
+        let entry = [0, max(0, count - 1), random.below(count + 1)][random.below(3)]
         let key = NodeLayout.keys + 8 * entry
         let value = min(
             NodeLayout.keys + 8 * capacity + size * entry, Layout.blockSize - 8)
-        let choice = random.below(14)
+        let choice = random.below(17)
         let pointer = pointer(&random)
         let other = scratch[used[random.below(used.count)]]
         let dice = random.below(5)
@@ -153,6 +153,16 @@ struct MetadataDamage {
                 // A copy of another node, in this one's place.
                 memory.copyMemory(from: [UInt8](other), byteCount: Layout.blockSize)
                 memory.setLE64(8, block)
+            case 13, 14:
+                // A node that leads to itself, or to another one.
+                guard size == 8 else { return }
+                memory.setLE32(NodeLayout.flags, NodeLayout.internalFlag)
+                memory.setLE32(NodeLayout.entryCount, 1)
+                memory.setLE64(NodeLayout.keys + 8 * capacity, dice > 0 ? block : pointer)
+            case 15:
+                // What an index entry says of its bitmap is a hint.
+                let free: UInt64 = [0, 16_320, 5, 1 << 31, 0][dice]
+                memory.setLE64(min(value + 8, Layout.blockSize - 8), free | 16_320 << 32)
             default: memory.setLE64(8, pointer)
             }
         }

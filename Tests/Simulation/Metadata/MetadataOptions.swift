@@ -90,7 +90,7 @@ struct MetadataOptions {
         faults = random.oneIn(3)
         timeLeft = random.oneIn(8) ? UInt32(random.below(12)) : nil
         metadataSnapshot = random.oneIn(4)
-        damagedStates = random.oneIn(3) ? 12 : 0
+        damagedStates = random.oneIn(3) ? 20 : 0
     }
 }
 

@@ -63,7 +63,7 @@ extension MetadataWorld {
         committedSuperblock = superblock
         commit = nil
         model = committed
-        ids = model.ids
+        ids = model.ids.filter { $0 != Self.catalogue }
         pins = []
         reserved = []
         draining = []
@@ -85,7 +85,7 @@ extension MetadataWorld {
         try require(
             report.isClean, "the check after a crash finds: \(report.findings.map(\.description))")
         try require(
-            report.dataBlocksUsed == UInt64(taken) && report.devices == ids.count,
+            report.dataBlocksUsed == UInt64(taken) && report.devices == model.devices.count,
             "the check counts \(report.devices) devices and \(report.dataBlocksUsed) data blocks")
     }
 
@@ -112,7 +112,7 @@ extension MetadataWorld {
         metadata = try ThinMetadata(device, cacheBlocks: options.cacheBlocks)
         try model.verify(metadata)
         let error = MetadataError.needsCheck(path: device.path)
-        try expect(error) { () throws(MetadataError) in try metadata.createThin(.max) }
+        try expect(error) { () throws(MetadataError) in try metadata.createThin(ThinDeviceID(1)) }
         try expect(error) { () throws(MetadataError) in try metadata.growMetadata() }
         try expect(error) { () throws(MetadataError) in _ = try metadata.freeze() }
         try ThinMetadata.setNeedsCheck(device, false)

@@ -3,6 +3,8 @@
 import ThinMetadata
 
 extension MetadataWorld {
+    static let catalogue = ThinDeviceID.max.rawValue
+
     func anyID() -> UInt32 { ids[random.below(ids.count)] }
 
     // MARK: - Devices
@@ -88,13 +90,24 @@ extension MetadataWorld {
             do {
                 try deleteSlice(id)
                 patience -= 1
-                try require(patience > 0, "devices cannot be deleted")
+                try require(
+                    patience > 0, "device \(id) of \(ids.count) cannot be deleted, "
+                        + "with \(model.devices[id]?.mappings.count ?? 0) mappings, "
+                        + "\(metadata.metadataBlocksFree) free metadata blocks and a reserve of "
+                        + "\(metadata.metadataReserve)")
                 if random.oneIn(8) || model.devices[id] != nil { try commitAll() }
             } catch is Dropped {
                 throw WorldFailure(description: "a deletion fails without a fault")
             }
         }
-        do { try commitAll() } catch is Dropped {
+        do {
+            if model.devices[Self.catalogue] != nil {
+                ids = [Self.catalogue]
+                try deleteSlice(Self.catalogue)
+            }
+            try require(model.devices.isEmpty, "the catalogue's device cannot be deleted")
+            try commitAll()
+        } catch is Dropped {
             throw WorldFailure(description: "a commit fails without a fault")
         }
         try require(metadata.dataBlocksUsed == 0 || held != nil, "data blocks are in use by nobody")
@@ -158,8 +171,23 @@ extension MetadataWorld {
         }
     }
 
+    /// The pool's catalogue is a device, too, never shared and of a few blocks. It is written to when
+    /// the pool is full: nothing could be deleted otherwise.
+    func writeCatalogue() throws {
+        if model.devices[Self.catalogue] == nil {
+            guard try change({ () throws(MetadataError) in
+                try metadata.createThin(ThinDeviceID(Self.catalogue))
+            }) != nil else { return }
+            model.devices[Self.catalogue] = .init(
+                creationTime: model.time, snapshottedTime: model.time)
+        }
+        _ = try write(Self.catalogue, UInt64(random.below(4)), usingReserve: true)
+    }
+
     /// False if there is no space.
-    private func write(_ id: UInt32, _ key: UInt64) throws -> Bool {
+    private func write(
+        _ id: UInt32, _ key: UInt64, usingReserve: Bool = false
+    ) throws -> Bool {
         let block: DataBlock
         if !reserved.isEmpty, random.oneIn(8) {
             block = reserved.removeLast()
@@ -167,10 +195,9 @@ extension MetadataWorld {
             guard let new = try allocate() else { return false }
             block = new
         }
-        let usesReserve = random.oneIn(64)
         guard let replaced = try change({ () throws(MetadataError) in
             try metadata.insert(
-                ThinDeviceID(id), VirtualBlock(key), block, usingReserve: usesReserve)
+                ThinDeviceID(id), VirtualBlock(key), block, usingReserve: usingReserve)
         }) else {
             metadata.releaseReservation(block)
             try release([block])
@@ -248,7 +275,7 @@ extension MetadataWorld {
         guard random.oneIn(4), let found = try read({ () throws(MetadataError) in
             try metadata.deviceIDs()
         }) else { return }
-        try require(found.map(\.rawValue) == ids.sorted(), "the list of devices is wrong")
+        try require(found.map(\.rawValue) == model.ids, "the list of devices is wrong")
     }
 
     /// Some leaves of a device.
@@ -372,11 +399,35 @@ extension MetadataWorld {
         try expect(
             .unsupported(path: device.path, "a pool has at most 2^40 data blocks")
         ) { () throws(MetadataError) in try metadata.growData(to: 1 << 40 + 1) }
-        try expect(
-            .unsupported(path: device.path, "a pool has at most 2^40 data blocks")
-        ) { () throws(MetadataError) in
-            try ThinMetadata.format(
-                ScratchDevice(device), dataBlockSectors: 128, dataBlocks: 1 << 40 + 1)
+        try misuseFormat()
+    }
+
+    /// Pools that cannot be, and a device that fails while one is made.
+    private func misuseFormat() throws {
+        let wrong: [(blocks: Int, sectors: UInt32, dataBlocks: UInt64)] = [
+            (4000, 100, 1000), (4000, 129, 1000), (4000, 128, 1 << 40 + 1), (20, 128, 1000),
+        ]
+        for (blocks, sectors, dataBlocks) in wrong {
+            let error = failure(SparseDevice(blocks: blocks), sectors, dataBlocks)
+            guard case .unsupported? = error else {
+                throw WorldFailure(description: "a pool of \(dataBlocks) data blocks is made")
+            }
+        }
+        let other = SparseDevice(blocks: 400)
+        other.disk.faults = [Fault([.write, .flush][random.below(2)])]
+        guard case .device? = failure(other, 128, 1000) else {
+            throw WorldFailure(description: "a pool is made on a device that fails")
+        }
+    }
+
+    private func failure(
+        _ device: SparseDevice, _ sectors: UInt32, _ dataBlocks: UInt64
+    ) -> MetadataError? {
+        do throws(MetadataError) {
+            try ThinMetadata.format(device, dataBlockSectors: sectors, dataBlocks: dataBlocks)
+            return nil
+        } catch {
+            return error
         }
     }
 
@@ -388,6 +439,7 @@ extension MetadataWorld {
         let dirty = metadata.dirtyBlocks
         do throws(MetadataError) { try body() } catch let found {
             if case .device = found, isStruck { return }
+            try require(!found.description.isEmpty, "an error has no words")
             if case .unsupported(_, let what) = error, case .unsupported(_, what) = found { return }
             try require(found == error, "\"\(found)\" is said where \"\(error)\" is due")
             return try require(

@@ -143,6 +143,7 @@ final class MetadataWorld {
         }
         if random.oneIn(2) { drain() }
         if random.oneIn(3) { metadata.trimCache() }
+        if random.oneIn(4) { try writeCatalogue() }
         try operate()
     }
 
