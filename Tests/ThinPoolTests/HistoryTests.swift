@@ -13,7 +13,7 @@ import Testing
         var snapshots = 0
         for seed in UInt64(1)...40 {
             do {
-                let counts = try History(seed: seed).run { try inspection.inspect($0) }
+                let counts = try History(seed: seed).run(inspect: { try inspection.inspect($0) })
                 cuts += counts.powerCuts
                 snapshots += counts.snapshots
             } catch {

@@ -12,11 +12,13 @@ import Testing
         var total = MetadataCounts()
         for seed in UInt64(1)...10 {
             do {
-                total = total + (try MetadataHistory(seed: seed).run { try inspection.inspect($0) })
+                let counts = try MetadataHistory(seed: seed).run(inspect: {
+                    try inspection.inspect($0)
+                })
+                total = total + counts
             } catch {
-                Issue.record(
-                    "seed \(seed): \(error); "
-                        + "repeat it with Scripts/simulate --metadata --seed \(seed)")
+                let again = "Scripts/simulate --metadata --seed \(seed)"
+                Issue.record("seed \(seed): \(error); repeat it with \(again)")
                 return
             }
         }
