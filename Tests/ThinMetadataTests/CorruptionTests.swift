@@ -111,8 +111,9 @@ import ThinMetadata
     @Test func timePastTheLastIsRefused() throws {
         let device = try image()
         device.editSuperblock { $0.setLE32(44, 1 << 24) }
-        #expect(throws: MetadataError.corrupt(
-            block: MetadataBlock(0), "its time, 16777216, is too late")
+        #expect(
+            throws: MetadataError.corrupt(
+                block: MetadataBlock(0), "its time, 16777216, is too late")
         ) { try ThinMetadata(device, cacheBlocks: 8) }
     }
 

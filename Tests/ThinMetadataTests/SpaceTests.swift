@@ -181,7 +181,9 @@ import ThinMetadata
         try harness.commit()
         harness.device.grow(blocks: 40_000)
         // Something lies there: the device is not new.
-        for block in 16_300..<16_400 as Range<UInt64> { memset(harness.device.block(block), 7, 4096) }
+        for block in 16_300..<16_400 as Range<UInt64> {
+            memset(harness.device.block(block), 7, 4096)
+        }
         try harness.pool.growMetadata()
         try harness.freeze()
         // More leaves than there was room for in the last of the old bitmaps.

@@ -129,7 +129,9 @@ struct MetadataDamage {
         let pointer = pointer(&random)
         let other = scratch[used[random.below(used.count)]]
         let dice = random.below(5)
-        log?("node \(block), \(count) of \(capacity) x \(size): \(choice) \(entry) \(pointer) \(dice)")
+        log?(
+            "node \(block), \(count) of \(capacity) x \(size): \(choice) \(entry) \(pointer) \(dice)"
+        )
         scratch.edit(block, .node) { memory in
             switch choice {
             case 0: memory.setLE32(NodeLayout.flags, [0, 1, 2, 3, 4][dice])
@@ -140,7 +142,9 @@ struct MetadataDamage {
                 let field = [NodeLayout.maxEntries, NodeLayout.valueSize][dice % 2]
                 memory.setLE32(field, memory.le32(field) + 3)
             case 4, 5:
-                let keys: [UInt64] = [0, .max, memory.le64(key) &+ 1, 1 << 41, memory.le64(key) / 2]
+                let keys: [UInt64] = [
+                    0, .max, memory.le64(key) &+ 1, 1 << 41, memory.le64(key) / 2,
+                ]
                 memory.setLE64(key, keys[dice])
             case 6, 7, 8: memory.setLE64(value, pointer)
             case 9:

@@ -17,9 +17,11 @@ extension MetadataWorld {
     func createSome() throws {
         for _ in 0...random.below(options.deviceBulk) {
             guard let id = newID() else { continue }
-            guard try change({ () throws(MetadataError) in
-                try metadata.createThin(ThinDeviceID(id))
-            }) != nil else { return }
+            guard
+                try change({ () throws(MetadataError) in
+                    try metadata.createThin(ThinDeviceID(id))
+                }) != nil
+            else { return }
             counts.devices += 1
             ids.append(id)
             model.devices[id] = .init(creationTime: model.time, snapshottedTime: model.time)
@@ -39,9 +41,11 @@ extension MetadataWorld {
                 try metadata.createSnapshot(ThinDeviceID(id), of: ThinDeviceID(origin))
             }
         }
-        guard try change({ () throws(MetadataError) in
-            try metadata.createSnapshot(ThinDeviceID(id), of: ThinDeviceID(origin))
-        }) != nil else { return }
+        guard
+            try change({ () throws(MetadataError) in
+                try metadata.createSnapshot(ThinDeviceID(id), of: ThinDeviceID(origin))
+            }) != nil
+        else { return }
         counts.snapshots += 1
         ids.append(id)
         model.time += 1
@@ -54,9 +58,11 @@ extension MetadataWorld {
     func deleteSome() throws {
         for _ in 0...random.below(options.deviceBulk) where !ids.isEmpty {
             let id = anyID()
-            guard try change({ () throws(MetadataError) in
-                try metadata.deleteDevice(ThinDeviceID(id))
-            }) != nil else { return }
+            guard
+                try change({ () throws(MetadataError) in
+                    try metadata.deleteDevice(ThinDeviceID(id))
+                }) != nil
+            else { return }
             forget(id)
         }
     }
@@ -69,14 +75,18 @@ extension MetadataWorld {
 
     func deleteSlice(_ id: UInt32) throws {
         let budget = 1 + random.below(1000)
-        guard let isGone = try change({ () throws(MetadataError) in
-            try metadata.deleteSlice(ThinDeviceID(id), budget: budget)
-        }) else { return }
+        guard
+            let isGone = try change({ () throws(MetadataError) in
+                try metadata.deleteSlice(ThinDeviceID(id), budget: budget)
+            })
+        else { return }
         if isGone { return forget(id) }
         // Lowest first: what is left is told by the first that is left.
-        guard let details = try read({ () throws(MetadataError) in
-            try metadata.details(ThinDeviceID(id))
-        }) else { throw Dropped() }
+        guard
+            let details = try read({ () throws(MetadataError) in
+                try metadata.details(ThinDeviceID(id))
+            })
+        else { throw Dropped() }
         let before = model.devices[id]!.mappings
         let kept = before.keys.sorted().suffix(Int(details!.mappedBlocks))
         counts.removals += before.count - kept.count
@@ -91,7 +101,8 @@ extension MetadataWorld {
                 try deleteSlice(id)
                 patience -= 1
                 try require(
-                    patience > 0, "device \(id) of \(ids.count) cannot be deleted, "
+                    patience > 0,
+                    "device \(id) of \(ids.count) cannot be deleted, "
                         + "with \(model.devices[id]?.mappings.count ?? 0) mappings, "
                         + "\(metadata.metadataBlocksFree) free metadata blocks and a reserve of "
                         + "\(metadata.metadataReserve)")
@@ -175,9 +186,11 @@ extension MetadataWorld {
     /// the pool is full: nothing could be deleted otherwise.
     func writeCatalogue() throws {
         if model.devices[Self.catalogue] == nil {
-            guard try change({ () throws(MetadataError) in
-                try metadata.createThin(ThinDeviceID(Self.catalogue))
-            }) != nil else { return }
+            guard
+                try change({ () throws(MetadataError) in
+                    try metadata.createThin(ThinDeviceID(Self.catalogue))
+                }) != nil
+            else { return }
             model.devices[Self.catalogue] = .init(
                 creationTime: model.time, snapshottedTime: model.time)
         }
@@ -195,10 +208,12 @@ extension MetadataWorld {
             guard let new = try allocate() else { return false }
             block = new
         }
-        guard let replaced = try change({ () throws(MetadataError) in
-            try metadata.insert(
-                ThinDeviceID(id), VirtualBlock(key), block, usingReserve: usingReserve)
-        }) else {
+        guard
+            let replaced = try change({ () throws(MetadataError) in
+                try metadata.insert(
+                    ThinDeviceID(id), VirtualBlock(key), block, usingReserve: usingReserve)
+            })
+        else {
             metadata.releaseReservation(block)
             try release([block])
             return false
@@ -206,7 +221,8 @@ extension MetadataWorld {
         let due = model.devices[id]!.mappings.updateValue(
             Mapping(block: block, time: model.time), forKey: key)
         try require(
-            replaced == due, "device \(id), virtual block \(key): \(String(describing: replaced)) "
+            replaced == due,
+            "device \(id), virtual block \(key): \(String(describing: replaced)) "
                 + "is replaced, where \(String(describing: due)) is due")
         counts.insertions += 1
         return true
@@ -225,11 +241,13 @@ extension MetadataWorld {
         }
         let limit = [1, 7, 300, 5000, 100_000][random.below(5)]
         var removed: [(VirtualBlock, Mapping)] = []
-        guard let next = try change({ () throws(MetadataError) in
-            try metadata.remove(ThinDeviceID(id), range, limit: limit) {
-                removed.append(($0, $1))
-            }
-        }) else { return try require(removed.isEmpty, "a refused removal has removed something") }
+        guard
+            let next = try change({ () throws(MetadataError) in
+                try metadata.remove(ThinDeviceID(id), range, limit: limit) {
+                    removed.append(($0, $1))
+                }
+            })
+        else { return try require(removed.isEmpty, "a refused removal has removed something") }
         counts.removals += removed.count
         try require(removed.count <= limit, "\(removed.count) of \(limit) mappings are removed")
         var last: UInt64?
@@ -264,17 +282,23 @@ extension MetadataWorld {
         for _ in 0..<1 + random.below(20) {
             let id = anyID()
             let key = anyKey()
-            guard let found = try read({ () throws(MetadataError) in
-                try metadata.lookup(ThinDeviceID(id), VirtualBlock(key))
-            }) else { continue }
+            guard
+                let found = try read({ () throws(MetadataError) in
+                    try metadata.lookup(ThinDeviceID(id), VirtualBlock(key))
+                })
+            else { continue }
             let due = model.devices[id]!.mappings[key]
-            try require(found == due, "device \(id), virtual block \(key): "
-                + "\(String(describing: found)), where \(String(describing: due)) is due")
+            try require(
+                found == due,
+                "device \(id), virtual block \(key): "
+                    + "\(String(describing: found)), where \(String(describing: due)) is due")
         }
         if device.disk.faults.isEmpty { try model.verifyDetails(metadata, anyID()) }
-        guard random.oneIn(4), let found = try read({ () throws(MetadataError) in
-            try metadata.deviceIDs()
-        }) else { return }
+        guard random.oneIn(4),
+            let found = try read({ () throws(MetadataError) in
+                try metadata.deviceIDs()
+            })
+        else { return }
         try require(found.map(\.rawValue) == model.ids, "the list of devices is wrong")
     }
 
@@ -286,15 +310,19 @@ extension MetadataWorld {
         let due = model.devices[id]!.mappings
         for _ in 0..<1 + random.below(8) where at < limit {
             var found: [UInt64: Mapping] = [:]
-            guard let next = try read({ () throws(MetadataError) in
-                try metadata.visitLeaf(
-                    ThinDeviceID(id), from: VirtualBlock(at), limit: VirtualBlock(limit)
-                ) { found[$0.rawValue] = $1 }
-            })?.rawValue else { return }
+            guard
+                let next = try read({ () throws(MetadataError) in
+                    try metadata.visitLeaf(
+                        ThinDeviceID(id), from: VirtualBlock(at), limit: VirtualBlock(limit)
+                    ) { found[$0.rawValue] = $1 }
+                })?.rawValue
+            else { return }
             try require(next > at && next <= limit, "a walk goes from \(at) to \(next)")
             let there = due.filter { $0.key >= at && $0.key < next }
-            try require(found == there, "device \(id): a walk finds \(found.count) mappings in "
-                + "\(at)..<\(next), where \(there.count) are due")
+            try require(
+                found == there,
+                "device \(id): a walk finds \(found.count) mappings in "
+                    + "\(at)..<\(next), where \(there.count) are due")
             at = next
         }
         // Past the end there is nothing to ask.
@@ -311,9 +339,11 @@ extension MetadataWorld {
         for _ in 0..<1 + random.below(10) {
             let id = anyID()
             let key = anyKey()
-            guard let isExclusive = try read({ () throws(MetadataError) in
-                try metadata.isExclusive(ThinDeviceID(id), VirtualBlock(key))
-            }), isExclusive else { continue }
+            guard
+                let isExclusive = try read({ () throws(MetadataError) in
+                    try metadata.isExclusive(ThinDeviceID(id), VirtualBlock(key))
+                }), isExclusive
+            else { continue }
             guard let block = model.devices[id]!.mappings[key]?.block else {
                 throw WorldFailure(description: "what is not mapped is exclusive")
             }
@@ -349,9 +379,11 @@ extension MetadataWorld {
             blocks = model.dataBlocks + UInt64(16_320 * random.below(100))
         default: blocks = model.dataBlocks + UInt64(random.below(20_000))
         }
-        guard blocks < 6_000_000, try change({ () throws(MetadataError) in
-            try metadata.growData(to: blocks)
-        }) != nil else { return }
+        guard blocks < 6_000_000,
+            try change({ () throws(MetadataError) in
+                try metadata.growData(to: blocks)
+            }) != nil
+        else { return }
         try require(
             metadata.dataBlocks == max(blocks, model.dataBlocks), "the data device has not grown")
         counts.growths += 1

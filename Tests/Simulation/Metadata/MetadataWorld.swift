@@ -200,7 +200,8 @@ final class MetadataWorld {
             case .outOfMetadataSpace:
                 counts.outOfSpace += 1
                 try require(
-                    numbers == before, "a call that was refused has changed something: "
+                    numbers == before,
+                    "a call that was refused has changed something: "
                         + "\(before), now \(numbers)")
                 return nil
             case .device where isStruck:
