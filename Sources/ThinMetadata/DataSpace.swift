@@ -39,7 +39,7 @@ extension ThinMetadata {
             throw .unsupported(path: device.path, "a pool has at most 2^40 data blocks")
         }
         let added = SpaceMap.pages(for: blocks) - store.data.slotCount
-        try requireSpace(dataBitmapsCost(added: added), keepingReserve: false)
+        try requireSpace(dataBitmapsCost(added: added), keepingReserve: added > 0)
         isChanged = true
         try store.data.grow(to: blocks)
         store.cache.dataLimit = blocks

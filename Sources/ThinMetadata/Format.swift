@@ -118,7 +118,7 @@ private struct FormatPlan {
     let indexLevels: [Int]
 
     /// Free blocks that the first transactions need at least.
-    private static let spare = ThinMetadata.leastReserve + 32
+    private var spare: UInt64 { ThinMetadata.leastReserve(dataBitmaps: dataBitmaps) + 32 }
     private static let indexBlock: UInt64 = 1
     private static let metadataOverflow: UInt64 = 2
     private static let firstMetadataBitmap: UInt64 = 3
@@ -146,7 +146,7 @@ private struct FormatPlan {
     private var details: UInt64 { dataOverflow + 2 }
     /// Blocks in use, the superblock included.
     private var used: UInt64 { dataOverflow + 3 }
-    var minimum: UInt64 { used + Self.spare }
+    var minimum: UInt64 { used + spare }
 
     func write(_ writer: FormatWriter) throws(MetadataError) {
         try writer.add(.index) { memory, _ in fillIndexBlock(memory) }

@@ -58,6 +58,11 @@ extension ThinMetadata {
         try store.data.setBusy(block.rawValue, false)
         try store.data.setShortCount(block.rawValue, 1)
         guard let old else {
+            guard record.details.mappedBlocks < UInt64.max else {
+                throw .corrupt(
+                    block: MetadataBlock(superblock.detailsRoot),
+                    "device \(record.id.rawValue) has fewer mappings than its details say")
+            }
             record.details.mappedBlocks += 1
             return nil
         }

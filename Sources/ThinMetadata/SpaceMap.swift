@@ -5,7 +5,8 @@
 // 2. A block is allocatable if its count is 0 and it is not busy. Busy: reserved for a mapping to
 //    come, or freed so lately that the committed state may still use it. A busy block's count is 0.
 // 3. A bitmap with changes, with busy blocks, or frozen in a transaction not yet durable stays in
-//    memory. Others may be given up: reading them again gives the same.
+//    memory; one that growth added comes into it, all zero, when it is asked for. Others may be
+//    given up: reading them again gives the same.
 // 4. nr_free and none_free_before on the device are hints: no tool verifies them and some write
 //    them wrong. They are replaced by what the bitmap says when it is loaded, and no "no space" is
 //    said before every bitmap has been loaded once.
@@ -123,7 +124,8 @@ final class SpaceMap {
             byteCount: 2 * Layout.blockSize, alignment: Layout.blockSize)
         memset(page, 0, 2 * Layout.blockSize)
         let slot = slots + index
-        if slot.pointee.block != 0 {
+        // Dirty or frozen without contents in memory: it is new, and not on the device yet.
+        if slot.pointee.block != 0, !slot.pointee.isDirty, !slot.pointee.isFrozen {
             do {
                 try readBlock(device, slot.pointee.block, into: page)
                 try verifyHeader(page, .bitmap, slot.pointee.block)

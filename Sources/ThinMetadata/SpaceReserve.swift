@@ -17,10 +17,16 @@ private struct Estimate {
 
 extension ThinMetadata {
     /// Blocks that only removals and commits may use.
-    public var metadataReserve: UInt64 { max(Self.leastReserve, min(4096, metadataBlocks / 10)) }
+    public var metadataReserve: UInt64 {
+        max(Self.leastReserve(dataBitmaps: store.data.slotCount), min(4096, metadataBlocks / 10))
+    }
 
-    /// Removing from a shared device takes a few dozen blocks, however small the pool.
-    static let leastReserve: UInt64 = 48
+    /// Removing from a shared device takes a few dozen blocks, however small the pool, and all the
+    /// bitmaps that the data blocks of two leaves may lie in.
+    static func leastReserve(dataBitmaps: Int) -> UInt64 {
+        let leaves = 2 * NodeGeometry.internalNode.capacity + 1
+        return 48 + UInt64(bitmapsCost(min(leaves, dataBitmaps), of: dataBitmaps))
+    }
 
     /// With this much to spare no insertion has to be looked at closely: paths of four levels, all
     /// shared, at 252 entries, each in the overflow tree, with two blocks each.
@@ -38,8 +44,11 @@ extension ThinMetadata {
 
     /// Upper bound for writing this many data bitmaps: themselves and the index tree's nodes.
     private func bitmapsCost(_ pages: Int) -> Int {
+        Self.bitmapsCost(pages, of: store.data.slotCount)
+    }
+
+    private static func bitmapsCost(_ pages: Int, of total: Int) -> Int {
         guard pages > 0 else { return 0 }
-        let total = store.data.slotCount
         let leaf = TreeKind.dataIndex.leaf
         if total <= leaf.capacity { return pages + 1 }
         let leaves = min(pages, total / leaf.minimum + 1)
@@ -47,9 +56,14 @@ extension ThinMetadata {
         return pages + leaves + inner + 2
     }
 
+    /// What adding bitmaps takes, and what the reserve becomes larger by.
     func dataBitmapsCost(added pages: Int) -> UInt64 {
+        guard pages > 0 else { return 0 }
         let leaves = pages / TreeKind.dataIndex.leaf.minimum + 2
-        return UInt64(pages + 2 * leaves + 8)
+        let before = store.data.slotCount
+        let reserve =
+            Self.leastReserve(dataBitmaps: before + pages) - Self.leastReserve(dataBitmaps: before)
+        return UInt64(pages + 2 * leaves + 8) + reserve
     }
 
     func hasSpace(_ cost: UInt64, keepingReserve: Bool) -> Bool {

@@ -76,6 +76,10 @@ public final class ThinMetadata {
             throw .corrupt(
                 block: MetadataBlock(0), "a data space map of \(dataRoot.blockCount) blocks")
         }
+        // A wider one would not fit a mapping.
+        guard superblock.time <= Mapping.maxTime else {
+            throw .corrupt(block: MetadataBlock(0), "its time, \(superblock.time), is too late")
+        }
         let roots = [
             metadataRoot.bitmapRoot, metadataRoot.refCountRoot, dataRoot.bitmapRoot,
             dataRoot.refCountRoot, superblock.mappingRoot, superblock.detailsRoot,

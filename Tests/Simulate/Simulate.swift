@@ -1,5 +1,5 @@
-// Runs simulated histories, by number or by time, or all small worlds, or all I/Os of short
-// histories; prints how to repeat one that fails.
+// Runs simulated histories, of pools or of the metadata alone, by number or by time, or all small
+// worlds, or all I/Os of short histories; prints how to repeat one that fails.
 
 import ArgumentParser
 import Glibc
@@ -20,6 +20,9 @@ struct Simulate: ParsableCommand {
     @Option(help: "End after this long.") var minutes: Double?
     @Option(help: "Have every n-th final state checked by the thin_checks that are installed.")
     var inspectEvery: UInt64 = 10
+
+    @Flag(help: "Run histories of the metadata alone: large trees, many devices, little space.")
+    var metadata = false
 
     @Flag(help: "Run all sequences of one, two and three operations, cut at every step.")
     var smallWorlds = false
@@ -42,6 +45,8 @@ struct Simulate: ParsableCommand {
             try runSmallWorlds(isOver)
         } else if everyIO {
             try runEveryIO(isOver)
+        } else if metadata {
+            try runMetadataHistories(isOver)
         } else {
             try runHistories(isOver)
         }
@@ -49,28 +54,47 @@ struct Simulate: ParsableCommand {
 
     private func runHistories(_ isOver: () -> Bool) throws {
         var total = WorldCounts()
-        var done: UInt64 = 0
-        let inspection = Inspection.installed
         let start = Self.seconds()
-        var current = seed ?? first
-        while true {
-            let inspects = done % inspectEvery == 0
-            let log = log
-            try report("seed \(current)", "--seed \(current)") {
-                total =
-                    total
-                    + (try History(seed: current).run(log: log) {
-                        try (inspects ? inspection : Inspection(tools: [])).inspect($0)
-                    })
-            }
-            done += 1
-            current += 1
-            if seed != nil || isOver() || done >= seeds { break }
+        let log = log
+        let done = try runSeeds("", isOver) { seed, inspection in
+            total = total + (try History(seed: seed).run(log: log) { try inspection.inspect($0) })
         }
         let elapsed = Self.seconds() - start
         print(
             "\(done) seeds in \(Int(elapsed)) s: \(total.simulated / 1_000_000_000) simulated seconds, "
                 + total.words.map { "\($0.1) \($0.0)" }.joined(separator: ", "))
+    }
+
+    private func runMetadataHistories(_ isOver: () -> Bool) throws {
+        var total = MetadataCounts()
+        let start = Self.seconds()
+        let log = log
+        let done = try runSeeds("--metadata ", isOver) { seed, inspection in
+            total =
+                total
+                + (try MetadataHistory(seed: seed).run(log: log) { try inspection.inspect($0) })
+        }
+        print(
+            "\(done) metadata seeds in \(Int(Self.seconds() - start)) s: "
+                + total.words.map { "\($0.1) \($0.0)" }.joined(separator: ", "))
+    }
+
+    /// Runs the seeds that were asked for, and says how many.
+    private func runSeeds(
+        _ mode: String, _ isOver: () -> Bool, _ run: (UInt64, Inspection) throws -> Void
+    ) throws -> UInt64 {
+        var done: UInt64 = 0
+        let installed = Inspection.installed
+        var current = seed ?? first
+        while true {
+            let inspection = done % inspectEvery == 0 ? installed : Inspection(tools: [])
+            try report("seed \(current)", "\(mode)--seed \(current)") {
+                try run(current, inspection)
+            }
+            done += 1
+            current += 1
+            if seed != nil || isOver() || done >= seeds { return done }
+        }
     }
 
     private func runSmallWorlds(_ isOver: () -> Bool) throws {

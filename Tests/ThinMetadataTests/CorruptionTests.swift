@@ -107,6 +107,28 @@ import ThinMetadata
         }
     }
 
+    /// A time of more than 24 bits does not fit a mapping.
+    @Test func timePastTheLastIsRefused() throws {
+        let device = try image()
+        device.editSuperblock { $0.setLE32(44, 1 << 24) }
+        #expect(
+            throws: MetadataError.corrupt(
+                block: MetadataBlock(0), "its time, 16777216, is too late")
+        ) { try ThinMetadata(device, cacheBlocks: 8) }
+    }
+
+    /// A number of mappings that cannot grow any more.
+    @Test func detailsThatClaimTooMuchAreRefused() throws {
+        let device = try image()
+        // Values follow 126 keys.
+        device.edit(device.le64(0, 328), salt: 121_107) { $0.setLE64(32 + 8 * 126, .max) }
+        let pool = try ThinMetadata(device, cacheBlocks: 8)
+        let block = try #require(try pool.allocateDataBlock())
+        #expect(throws: MetadataError.self) {
+            try pool.insert(ThinDeviceID(1), VirtualBlock(1 << 30), block)
+        }
+    }
+
     @Test func readErrorsKeepTheirType() throws {
         let device = try image()
         let pool = try ThinMetadata(device, cacheBlocks: 8)

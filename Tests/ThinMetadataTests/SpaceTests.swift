@@ -8,8 +8,18 @@ import ThinMetadata
     /// Whatever the size: provisioning stops in time, every freeze succeeds, and all can be undone.
     @Test(arguments: [100, 120, 160, 200, 400, 1000])
     func aFullMetadataDeviceCanBeEmptied(blocks: Int) throws {
+        try fillAndEmpty(blocks, dataBlocks: 60_000)
+    }
+
+    /// The same where the blocks of a leaf may lie in more bitmaps than a small reserve has room for.
+    @Test(arguments: [300, 400])
+    func aFullMetadataDeviceOfManyBitmapsCanBeEmptied(blocks: Int) throws {
+        try fillAndEmpty(blocks, dataBlocks: 100 * 16_320)
+    }
+
+    private func fillAndEmpty(_ blocks: Int, dataBlocks: UInt64) throws {
         var random = Generator(seed: UInt64(blocks))
-        let harness = try Harness(metadataBlocks: blocks, dataBlocks: 60_000, cacheBlocks: 8)
+        let harness = try Harness(metadataBlocks: blocks, dataBlocks: dataBlocks, cacheBlocks: 8)
         harness.toolEvery = 60
         var made: UInt64 = 0
         var refused = 0
@@ -141,6 +151,45 @@ import ThinMetadata
         }
         try harness.commit()
         #expect(harness.pool.metadataBlocks == 40_000)
+    }
+
+    /// The bitmaps that growth adds are used before they have been written for the first time: what
+    /// their places on the device hold until then is not theirs.
+    @Test func newBitmapsAreUsedBeforeTheyAreWritten() throws {
+        let harness = try Harness(metadataBlocks: 1000, dataBlocks: 1000, cacheBlocks: 8)
+        try harness.create(1)
+        try harness.commit()
+        try harness.pool.growData(to: 40_000)
+        try harness.freeze()
+        for virtual in 0..<3 as Range<UInt64> {
+            var skipped: [DataBlock] = []
+            for _ in 0..<15_000 {
+                if let block = try harness.pool.allocateDataBlock() { skipped.append(block) }
+            }
+            #expect(try harness.write(1, virtual))
+            for block in skipped { harness.pool.releaseReservation(block) }
+        }
+        try harness.finishCommit()
+        try harness.commit()
+        #expect(harness.pool.dataBlocksUsed == 3)
+    }
+
+    /// The same of the metadata's own.
+    @Test func newMetadataBitmapsAreUsedBeforeTheyAreWritten() throws {
+        let harness = try Harness(metadataBlocks: 16_300, dataBlocks: 40_000, cacheBlocks: 8)
+        try harness.create(1)
+        try harness.commit()
+        harness.device.grow(blocks: 40_000)
+        // Something lies there: the device is not new.
+        for block in 16_300..<16_400 as Range<UInt64> {
+            memset(harness.device.block(block), 7, 4096)
+        }
+        try harness.pool.growMetadata()
+        try harness.freeze()
+        // More leaves than there was room for in the last of the old bitmaps.
+        for virtual in 0..<8000 as Range<UInt64> { try harness.write(1, virtual) }
+        try harness.finishCommit()
+        try harness.commit()
     }
 
     /// A bitmap whose new place is not written yet must not be read back from there.
