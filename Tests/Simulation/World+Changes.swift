@@ -4,7 +4,8 @@ import ThinMetadata
 import ThinPool
 
 extension World {
-    func ask(_ change: VolumeChange) {
+    @discardableResult
+    func ask(_ change: VolumeChange) -> Change {
         let record = Change(change, sentAt: time)
         time += 1
         changes.append(record)
@@ -12,6 +13,7 @@ extension World {
         if case .delete(let name) = change { models[name]?.isGoing = true }
         nonisolated(unsafe) let unsafeRecord = record
         pool.request(change) { unsafeRecord.result = .some($0) }
+        return record
     }
 
     func delete(_ model: VolumeModel) {
@@ -39,6 +41,7 @@ extension World {
             if let error = result {
                 switch error.kind {
                 case .outOfSpace, .inUse, .noSuchVolume, .exists: break
+                case .readOnly where isReadOnly: break
                 default:
                     guard isTroubled else {
                         throw WorldFailure(description: "\(change.change): \(error)")
@@ -50,6 +53,10 @@ extension World {
                     models[name]?.isGoing = false
                 }
                 continue
+            }
+            if isReadOnly {
+                throw WorldFailure(
+                    description: "\(change.change) is done, though the pool is read-only")
             }
             happened(change)
             // What it holds is decided: it is read once, and may never change again by itself.

@@ -21,6 +21,8 @@ public final class SimulatedDisk: BlockDevice {
     private var cache: [CachedWrite] = []
     public private(set) var flushes = 0
     public private(set) var writes = 0
+    /// Faults that have struck it.
+    private(set) var struck = 0
 
     public var faults: [Fault] = []
     var meter = IOMeter()
@@ -210,6 +212,7 @@ public final class SimulatedDisk: BlockDevice {
             }
         }
         guard let code else { return }
+        struck += 1
         throw DeviceError(
             operation: "use", path: path, offset: offset, code: code,
             reason: "a simulated fault: \(String(cString: strerror(code)))")
@@ -246,10 +249,12 @@ public final class SimulatedDisk: BlockDevice {
         bytes = result
     }
 
-    /// Changes a bit on the medium; the block's bytes before.
+    /// Changes a bit on the medium, mostly one of a byte that is in use; the block's bytes before.
     func rot(block: Int, of size: Int) -> [UInt8] {
         let old = Array(bytes[block * size..<(block + 1) * size])
-        let place = block * size + random.below(size)
+        let used = random.oneIn(4) ? [] : old.indices.filter { old[$0] != 0 }
+        let place =
+            block * size + (used.isEmpty ? random.below(size) : used[random.below(used.count)])
         let bit = UInt8(1) << UInt8(random.below(8))
         bytes[place] ^= bit
         medium[place] ^= bit

@@ -26,9 +26,11 @@ final class SimulatedDataIO: DataIO {
     /// Shared with the world, so that the run stays one sequence of draws. Nil: operations are done
     /// when they are completed, whole and in order.
     private let draw: ((Int) -> Int)?
+    private let slowOneIn: Int
 
-    init(disk: SimulatedDisk, draw: ((Int) -> Int)?) {
+    init(disk: SimulatedDisk, slowOneIn: Int = 12, draw: ((Int) -> Int)?) {
         self.disk = disk
+        self.slowOneIn = slowOneIn
         self.draw = draw
     }
 
@@ -57,11 +59,8 @@ final class SimulatedDataIO: DataIO {
             kind: kind, offset: offset, memory: memory, length: length, durable: durable, tag: tag)
         if let draw {
             // A flush covers what completed before it was sent, so it may run at once or at the end.
-            if draw(2) == 0 {
-                operation.result = apply(operation, length)
-            } else if draw(12) == 0 {
-                operation.patience = 10 + draw(90)
-            }
+            if draw(2) == 0 { operation.result = apply(operation, length) }
+            if draw(slowOneIn) == 0 { operation.patience = 10 + draw(90) }
         }
         pending.append(operation)
     }
