@@ -251,7 +251,8 @@ extension VolumeIO {
             switch pool.insert(volume, step.pointee.virtualBlock, block) {
             case .done: break
             case .failed(let error): recordError(index, error)
-            case .noMetadataSpace where step.pointee.hasWaited: recordError(index, ENOSPC)
+            case .noMetadataSpace where step.pointee.hasWaited || !pool.isCommitAhead:
+                recordError(index, ENOSPC)
             case .noMetadataSpace: again = true
             }
         }

@@ -225,6 +225,15 @@ extension Pool {
         return inFlight(io)
     }
 
+    /// A commit is under way, or something is there to commit: whoever waits for what it gives back
+    /// will be resumed.
+    var isCommitAhead: Bool {
+        switch worker.activity {
+        case .writeBlocks, .flushMetadata, .writeSuperblock: true
+        default: metadata.hasChanges
+        }
+    }
+
     private func committed(_ transaction: FrozenTransaction) {
         let freed = metadata.committed(transaction)
         committedSuperblock.withUnsafeMutableBytes {
