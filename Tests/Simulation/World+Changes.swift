@@ -23,6 +23,8 @@ extension World {
         let isInUse = (clients + broken).contains { $0.model === model }
         if isInUse && !random.oneIn(8) { return }
         ask(.delete(name: model.name))
+        // Somebody comes too late.
+        if random.oneIn(2) { connect(SimulatedClient(model: model)) }
     }
 
     func leaveAll(_ model: VolumeModel) {

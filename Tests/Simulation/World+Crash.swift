@@ -80,6 +80,7 @@ extension World {
         var patience = 20_000
         while reactors.contains(where: \.isBusy) {
             for reactor in reactors {
+                reactor.passTime()
                 reactor.turn {
                     for case let place? in reactor.places {
                         place.wire.isClosedByClient = true
@@ -166,13 +167,15 @@ extension World {
     func rot() throws {
         counts.rot += 1
         // Once on copies, from a fresh start, and once under the running server.
-        let metadata = metadataDisk.copy()
-        _ = metadata.rot(block: randomMetadataBlock(), of: Layout.blockSize)
-        if let pool = try? Pool(metadata: metadata, data: dataDisk.copy(), options: poolOptions) {
-            for name in pool.volumeNames() {
-                guard let model = models[name] else { continue }
-                try examine(model, in: pool, on: dataDisk.copy(), mayFail: true)
-            }
+        let healthy = metadataDisk.copy()
+        healthy.blocksRead = []
+        try openAndRead(healthy)
+        let blocks = healthy.blocksRead!.sorted()
+        for _ in 0..<8 {
+            let metadata = metadataDisk.copy()
+            metadata.random = SeededRandom(seed: random.next())
+            _ = metadata.rot(block: blocks[random.below(blocks.count)], of: Layout.blockSize)
+            try openAndRead(metadata)
         }
         try rotCatalogue()
         guard failedAt == nil else { return }
@@ -191,6 +194,18 @@ extension World {
         // The power may have gone meanwhile: then it is healed.
         if rotten != nil { try crash(keepingCaches: true) }
         hasRot = false
+    }
+
+    /// Reads all that a pool shows which is opened from this disk.
+    private func openAndRead(_ metadata: SimulatedDisk) throws {
+        let data = dataDisk.copy()
+        guard let pool = try? Pool(metadata: metadata, data: data, options: poolOptions) else {
+            return
+        }
+        for name in pool.volumeNames() {
+            guard let model = models[name] else { continue }
+            try examine(model, in: pool, on: data, mayFail: true)
+        }
     }
 
     /// A bit changes in a catalogue: either that is noticed, or it was an old one.

@@ -37,6 +37,8 @@ extension World {
 
     private func leaveEveryone() {
         for client in clients where !client.isLeaving { client.leave() }
+        for wire in visitors { wire.isClosedByClient = true }
+        visitors = []
     }
 
     /// Until nothing is open, dirty or on its way.
@@ -61,28 +63,13 @@ extension World {
         try settle()
         guard case .some(.none) = made.result, failedAt == nil else { return }
         try rest()
-        let model = models[name]!
         let volume = pool.open(exportNamed: name)!
-        var written = 0
-        var words = [UInt64](repeating: 0, count: 64)
         for block in 0..<blocks {
-            let sector = block * sectorsPerBlock
-            let value = nextWriteValue()
-            model.begin(sector..<sector + 1, value: value, at: time)
-            for i in words.indices { words[i] = value }
-            let error = words.withUnsafeMutableBytes {
-                perform(.write, volume, sector: sector, $0, in: pool, on: dataDisk)
-            }
-            time += 1
-            model.end(
-                sector..<sector + 1, begun: time - 1, at: time, isAcknowledged: error == 0,
-                isDurable: false)
-            time += 1
+            let error = writeSector(volume, block * sectorsPerBlock)
             if error == ENOSPC { break }
             guard error == 0 else {
                 throw WorldFailure(description: "filling the pool ends with errno \(error)")
             }
-            written += 1
         }
         pool.close(volume)
         try rest()
@@ -99,6 +86,25 @@ extension World {
         try empty(of: [name])
     }
 
+    /// A write with nothing else going on; its errno.
+    private func writeSector(_ volume: Volume, _ sector: Int) -> Int32 {
+        let model = models[volume.name]!
+        let value = nextWriteValue()
+        var words = [UInt64](repeating: value, count: 64)
+        let begun = time
+        model.begin(sector..<sector + 1, value: value, at: begun)
+        model.touch(sector / sectorsPerBlock..<sector / sectorsPerBlock + 1, value: nil)
+        let error = words.withUnsafeMutableBytes {
+            perform(.write, volume, sector: sector, $0, in: pool, on: dataDisk)
+        }
+        time += 1
+        model.end(
+            sector..<sector + 1, begun: begun, at: time, isAcknowledged: error == 0,
+            isDurable: false)
+        time += 1
+        return error
+    }
+
     /// Makes volumes until there is no metadata left for another.
     private func fillWithVolumes() throws {
         var names: [String] = []
@@ -109,6 +115,16 @@ extension World {
             guard failedAt == nil else { return }
             guard case .some(.none) = made.result else { break }
             names.append(name)
+        }
+        try rest()
+        // What is written now finds no room for its mapping, waits for a commit, and is told.
+        for name in names.prefix(3) where failedAt == nil {
+            let volume = pool.open(exportNamed: name)!
+            let error = writeSector(volume, 0)
+            pool.close(volume)
+            guard error == 0 || error == ENOSPC || failedAt != nil else {
+                throw WorldFailure(description: "a write to a full pool ends with errno \(error)")
+            }
         }
         try empty(of: names)
     }

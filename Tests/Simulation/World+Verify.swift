@@ -105,7 +105,9 @@ extension World {
         var patience = 10_000
         while answer == nil {
             patience -= 1
-            precondition(patience > 0, "a request of \(volume.name) is never answered")
+            if patience == 0 {
+                fatalError("\(operation) of \(volume.name) is never answered")
+            }
             engine.beginTurn()
             if io.pending.isEmpty {
                 if pool === self.pool { worker.step(self) }

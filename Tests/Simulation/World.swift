@@ -33,6 +33,8 @@ public final class World {
     var clients: [SimulatedClient] = []
     /// Connections that have not been accepted yet.
     private var arrivals: [(reactor: Int, wire: Wire)] = []
+    /// Of those who are no clients and may still be there.
+    var visitors: [Wire] = []
     /// Clients whose connection is broken, and which come again when the server has let go of it.
     var broken: [SimulatedClient] = []
     var models: [String: VolumeModel] = [:]
@@ -132,6 +134,7 @@ public final class World {
     private func act() throws {
         if failedAt != nil, random.oneIn(4) { return try recover() }
         if options.churns, random.oneIn(5) { return churn() }
+        if options.drills, random.oneIn(16) { return try drill() }
         switch random.below(100) {
         case 0..<6 where models.count < options.volumes:
             ask(.create(name: name(), size: randomSize()))
@@ -155,6 +158,8 @@ public final class World {
             strike(metadataDisk)
         case 29..<31:
             heal()
+        case 50..<52 where options.flushFaults && failedAt == nil:
+            try failFlush()
         case 31 where options.rot && !models.isEmpty:
             try rot()
         case 32 where options.lostWrites && counts.commits > 0:
@@ -240,11 +245,20 @@ public final class World {
         let client = clients[random.below(clients.count)]
         if client.state == .ready, !client.isLeaving, random.oneIn(2) {
             // In the middle of a long write, and with a reply on its way.
-            let all = 0..<client.model.sectors
+            let block = 0..<min(sectorsPerBlock, client.model.sectors)
             if let read = request(.read, client.model, 0..<1) { submit(read, by: client) }
-            if let write = request(.write, client.model, all) { submit(write, by: client) }
-            for _ in 0..<random.below(8) { try progress() }
+            if let write = request(.write, client.model, block) { submit(write, by: client) }
+            for _ in 0..<random.below(12) { try progress() }
             guard clients.contains(where: { $0 === client }) else { return }
+            // Others have use for the memory.
+            for other in clients
+            where other !== client && other.state == .ready && !other.isLeaving
+                && other.model.sectors >= sectorsPerBlock
+            {
+                for command in [Command.write, .read] {
+                    if let more = request(command, other.model, block) { submit(more, by: other) }
+                }
+            }
         }
         clients.removeAll { $0 === client }
         client.wire.isClosedByClient = true
@@ -315,6 +329,7 @@ public final class World {
             let wire = Wire()
             SimulatedClient.visit(wire, random.below(SimulatedClient.visits))
             wire.isClosedByClient = random.oneIn(2)
+            visitors.append(wire)
             arrivals.append((random.below(reactors.count), wire))
             return
         }
@@ -586,6 +601,7 @@ public final class World {
         reconnectBroken()
         var choices: [() throws -> Void] = []
         for (number, reactor) in reactors.enumerated() {
+            reactor.passTime()
             if reactor.isAwake { choices.append { reactor.turn {} } }
             if !reactor.io.pending.isEmpty { choices.append { self.completeData(reactor) } }
             if arrivals.contains(where: { $0.reactor == number }) {

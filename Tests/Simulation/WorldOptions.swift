@@ -20,6 +20,8 @@ public struct WorldOptions {
     public var hotBlock: Int?
     /// Snapshots of the oldest volume come and go all the time.
     public var churns = false
+    /// What is shared stops being shared while I/O to it is under way.
+    public var drills = false
     /// One in so many I/Os of the reactors takes long.
     public var slowOneIn = 12
     /// One in so many changes is durable when it is answered.
@@ -51,6 +53,7 @@ public struct WorldOptions {
     public var drops = true
     public var dataFaults = false
     public var metadataFaults = false
+    public var flushFaults = false
     public var rot = false
     public var lostWrites = false
 
@@ -82,11 +85,14 @@ public struct WorldOptions {
         drops = random.oneIn(2)
         dataFaults = random.oneIn(4)
         metadataFaults = random.oneIn(4)
+        flushFaults = random.oneIn(4)
         rot = random.oneIn(6)
         lostWrites = random.oneIn(12)
         volumes = 1 + random.below(6)
         hotBlock = random.oneIn(2) ? random.below(3) : nil
         churns = snapshots && deletions && random.oneIn(3)
+        drills = snapshots && discards && random.oneIn(3)
+        if drills, random.oneIn(2) { tablePages = 1 }
         slowOneIn = [3, 12, 12, 1000][random.below(4)]
         fuaOneIn = [2, 8][random.below(2)]
         wrongRequests = random.oneIn(3)

@@ -34,6 +34,8 @@ public final class SimulatedDisk: BlockDevice {
     var isToLose: Bool { losesNextWrite || misdirectsNextWrite != nil }
     /// Called before every read: a walker's chance to let others go on.
     public var onRead: (() -> Void)?
+    /// The metadata blocks that have been read since it was set.
+    var blocksRead: Set<Int>?
 
     /// Some of what reads see will never reach the medium.
     private var hasForgotten = false
@@ -83,6 +85,7 @@ public final class SimulatedDisk: BlockDevice {
         at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer
     ) throws(DeviceError) {
         onRead?()
+        if blocksRead != nil { blocksRead!.insert(Int(offset) / 4096) }
         guard offset + UInt64(buffer.count) <= size else { throw past("read", offset) }
         try strike(.read, offset, buffer.count)
         bytes.withUnsafeBytes {

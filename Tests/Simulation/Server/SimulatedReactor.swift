@@ -13,6 +13,9 @@ final class SimulatedReactor {
         let wire: Wire
         var receiving: UnsafeMutableRawBufferPointer?
         var sending: UnsafePointer<msghdr>?
+        /// How often the end of a receive is still passed over, after the server has shut its end
+        /// down: until then the kernel may write to the buffer.
+        var patience = 0
 
         init(connection: Connection, wire: Wire) {
             self.connection = connection
@@ -20,9 +23,13 @@ final class SimulatedReactor {
         }
 
         var canReceive: Bool {
-            receiving != nil
+            receiving != nil && patience == 0
                 && (!wire.toServer.isEmpty || wire.isClosedByClient || wire.isClosedByServer)
         }
+    }
+
+    func passTime() {
+        for case let place? in places where place.patience > 0 { place.patience -= 1 }
     }
 
     let io: SimulatedDataIO
@@ -140,6 +147,7 @@ final class SimulatedReactor {
         let connection = place.connection
         if connection.isDrained { connection.breakOff(nil) }
         if connection.phase == .closed {
+            if !place.wire.isClosedByServer, place.receiving != nil { place.patience = 30 }
             place.wire.isClosedByServer = true
             if connection.isGone {
                 if let volume = connection.volume { pool.close(volume) }

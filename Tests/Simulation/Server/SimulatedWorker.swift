@@ -10,18 +10,25 @@ final class SimulatedWorker {
     private var results: [Int32] = []
     /// The last step was not "wait".
     private(set) var isBusy = false
+    /// How often its I/O is still passed over.
+    private var patience = 0
 
     var hasIO: Bool { !waiting.isEmpty }
 
     func reset() {
         waiting = []
         results = []
+        patience = 0
         isBusy = true
     }
 
     func step(_ world: World) {
         let pool = world.pool!
         if !waiting.isEmpty {
+            if patience > 0 {
+                patience -= 1
+                return
+            }
             let (index, io) = waiting.remove(at: world.random.below(waiting.count))
             results[index] = perform(io, world)
             isBusy = true
@@ -32,6 +39,9 @@ final class SimulatedWorker {
         case .io(let io):
             waiting = io.enumerated().map { ($0, $1) }
             results = Array(repeating: 0, count: io.count)
+            if world.random.below(world.options.slowOneIn) == 0 {
+                patience = world.random.below(30)
+            }
             isBusy = true
         case .again:
             isBusy = true
