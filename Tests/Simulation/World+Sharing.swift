@@ -56,19 +56,69 @@ extension World {
         if !model.isGoing { delete(model) }
     }
 
-    /// One of several flushes fails, and that is long not told: meanwhile no other counts either.
+    /// Flushes and superblocks that fail beside others, with as much as possible at stake: what was
+    /// written in place, and what was not.
     func failFlush() throws {
-        dataDisk.faults.append(Fault([.flush]))
-        for client in clients where !random.oneIn(3) {
-            for reactor in reactors where random.oneIn(2) { reactor.io.tellsFlushLate = true }
-            let first = random.below(client.model.sectors)
-            send(.write, first..<first + 1, client)
-            send(.flush, 0..<0, client)
-            try goOn(10)
+        for _ in clients.count..<max(3, clients.count) {
+            if let model = randomModel(), !model.isGoing { connect(SimulatedClient(model: model)) }
         }
-        try goOn(30)
-        for reactor in reactors { reactor.io.tellsFlushLate = false }
-        if options.kills, random.oneIn(2) { try crash(keepingCaches: true) }
+        try goOn(40)
+        let all = clients.filter { $0.state == .ready }
+        guard let one = all.first, !isReadOnly else { return }
+        for client in all { send(.write, 0..<1, client) }
+        for client in all { send(.flush, 0..<0, client) }
+        try answer(all)
+        for client in all { send(.write, randomPlace(client.model), client) }
+        try answer(all)
+        guard failedAt == nil else { return }
+        switch random.below(3) {
+        case 0:
+            // A flush has failed, and that is long not told: meanwhile no other counts either.
+            for reactor in reactors { reactor.io.tellsFlushLate = true }
+            dataDisk.faults.append(Fault([.flush]))
+            let struck = dataDisk.struck
+            send(.flush, 0..<0, one)
+            for _ in 0..<60 where dataDisk.struck == struck { try progress() }
+            for reactor in reactors { reactor.io.tellsFlushLate = false }
+            for client in all.dropFirst() { send(.flush, 0..<0, client) }
+            try goOn(40)
+        case 1:
+            // The superblock is on its way, and another flush is asked for, which may fail.
+            worker.delaysSuperblock = true
+            let last = one.model.sectors - 1
+            send(.write, last..<last + 1, one)
+            send(.flush, 0..<0, one)
+            for _ in 0..<150 where !worker.isWritingSuperblock { try progress() }
+            if !random.oneIn(3) { dataDisk.faults.append(Fault([.flush])) }
+            for client in all {
+                send(.write, 0..<1, client)
+                try answer([client], most: 12)
+                send(.flush, 0..<0, client)
+            }
+            try goOn(100)
+        default:
+            metadataDisk.faults.append(Fault([.write], sectors: 0..<8))
+            for client in all {
+                send(.write, randomPlace(client.model), client)
+                send(.flush, 0..<0, client)
+            }
+            try goOn(80)
+        }
+        worker.delaysSuperblock = false
+        if random.oneIn(2) { return }
+        if options.kills || options.powerCuts { try crash(keepingCaches: options.kills) }
+    }
+
+    private func randomPlace(_ model: VolumeModel) -> Range<Int> {
+        let sector = random.oneIn(2) ? 0 : random.below(model.sectors)
+        return sector..<sector + 1
+    }
+
+    /// Until all that these have asked for is answered, or for some time.
+    private func answer(_ clients: [SimulatedClient], most: Int = 400) throws {
+        for _ in 0..<most where clients.contains(where: { !$0.unanswered.isEmpty }) {
+            try progress()
+        }
     }
 
     private func send(_ command: Command, _ sectors: Range<Int>, _ client: SimulatedClient) {

@@ -117,14 +117,20 @@ extension World {
             names.append(name)
         }
         try rest()
-        // What is written now finds no room for its mapping, waits for a commit, and is told.
-        for name in names.prefix(3) where failedAt == nil {
+        // What is written now finds no room for its mapping, waits for a commit if there is one, and
+        // is told.
+        for name in names.prefix(4) where failedAt == nil && names.count > 4 {
+            let deletion = random.oneIn(3) ? nil : ask(.delete(name: names.removeLast()))
+            for _ in 0..<random.below(30) { try progress() }
+            guard failedAt == nil else { return }
             let volume = pool.open(exportNamed: name)!
             let error = writeSector(volume, 0)
             pool.close(volume)
             guard error == 0 || error == ENOSPC || failedAt != nil else {
                 throw WorldFailure(description: "a write to a full pool ends with errno \(error)")
             }
+            try settle()
+            if let deletion { try checkDeletion(deletion) }
         }
         try empty(of: names)
     }
@@ -136,9 +142,13 @@ extension World {
             guard failedAt == nil else { return }
             let deletion = ask(.delete(name: name))
             try settle()
-            if case .some(.some(let error)) = deletion.result, failedAt == nil {
-                throw WorldFailure(description: "a full pool cannot be emptied: \(error)")
-            }
+            try checkDeletion(deletion)
+        }
+    }
+
+    private func checkDeletion(_ deletion: Change) throws {
+        if case .some(.some(let error)) = deletion.result, failedAt == nil {
+            throw WorldFailure(description: "a full pool cannot be emptied: \(error)")
         }
     }
 

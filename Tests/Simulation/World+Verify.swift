@@ -71,7 +71,8 @@ extension World {
                 WorldFailure(description: "volume \(model.name) cannot be opened"))
         }
         defer { pool.close(volume) }
-        guard Int(volume.size / 512) == model.sectors else {
+        guard Int(volume.size / 512) == model.sectors, pool.volumeSize(model.name) == volume.size
+        else {
             return .failure(
                 WorldFailure(description: "volume \(model.name) has size \(volume.size)"))
         }

@@ -35,6 +35,8 @@ public final class World {
     private var arrivals: [(reactor: Int, wire: Wire)] = []
     /// Of those who are no clients and may still be there.
     var visitors: [Wire] = []
+    /// Thin devices that another program has made and that nobody has adopted yet.
+    var strangers = Set<UInt32>()
     /// Clients whose connection is broken, and which come again when the server has let go of it.
     var broken: [SimulatedClient] = []
     var models: [String: VolumeModel] = [:]
@@ -172,6 +174,10 @@ public final class World {
             try connectOrLeave()
         case 42..<44 where options.wrongRequests:
             misbehave()
+        case 52 where options.wrongRequests:
+            askWrongly()
+        case 53..<56 where !strangers.isEmpty:
+            ask(.adopt(id: strangers.min()!, name: name(), size: randomSize()))
         case 44 where options.readOnlyTimes:
             try beReadOnly()
         case 45 where options.floods && !hasFlooded:
@@ -188,7 +194,7 @@ public final class World {
         return "v\(nextName)"
     }
 
-    private func randomSize() -> UInt64 {
+    func randomSize() -> UInt64 {
         let blocks = 1 + random.below(12)
         // Some volumes end inside a block.
         let tail = random.oneIn(3) ? 1 + random.below(sectorsPerBlock - 1) : 0
@@ -787,6 +793,7 @@ public final class World {
         // A fault may have struck while it was closed; then it is open already.
         if pool != nil { return }
         if options.grows && random.oneIn(2) { grow() }
+        if options.strangers && random.oneIn(2) { try makeStranger() }
         try open()
         counts.reopens += 1
     }

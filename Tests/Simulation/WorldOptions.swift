@@ -31,6 +31,8 @@ public struct WorldOptions {
     public var snapshots = true
     public var discards = true
     public var deletions = true
+    /// Thin devices appear that another program has made, and are adopted.
+    public var strangers = false
     public var grows = true
     public var checks = true
     public var passDiscardsDown = true
@@ -85,6 +87,7 @@ public struct WorldOptions {
         drops = random.oneIn(2)
         dataFaults = random.oneIn(4)
         metadataFaults = random.oneIn(4)
+        strangers = random.oneIn(4)
         flushFaults = random.oneIn(4)
         rot = random.oneIn(6)
         lostWrites = random.oneIn(12)

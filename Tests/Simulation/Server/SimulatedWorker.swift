@@ -10,6 +10,12 @@ final class SimulatedWorker {
     private var results: [Int32] = []
     /// The last step was not "wait".
     private(set) var isBusy = false
+    /// The next superblock takes long.
+    var delaysSuperblock = false
+    var isWritingSuperblock: Bool {
+        if case .writeSuperblock? = waiting.first?.io { return true }
+        return false
+    }
     /// How often its I/O is still passed over.
     private var patience = 0
 
@@ -19,6 +25,7 @@ final class SimulatedWorker {
         waiting = []
         results = []
         patience = 0
+        delaysSuperblock = false
         isBusy = true
     }
 
@@ -41,6 +48,10 @@ final class SimulatedWorker {
             results = Array(repeating: 0, count: io.count)
             if world.random.below(world.options.slowOneIn) == 0 {
                 patience = world.random.below(30)
+            }
+            if delaysSuperblock, isWritingSuperblock {
+                delaysSuperblock = false
+                patience = 60
             }
             isBusy = true
         case .again:
@@ -72,6 +83,19 @@ final class SimulatedWorker {
             }
             return 0
         } catch { return error.code }
+    }
+
+    /// All of a transaction at once, as another program would write it.
+    func commit(_ transaction: FrozenTransaction, to disk: SimulatedDisk) throws {
+        for index in 0..<transaction.blocks {
+            try write(disk) { transaction.copyBlock(index, to: $0) }
+        }
+        try disk.flush()
+        try write(disk) {
+            transaction.copySuperblock(to: $0)
+            return MetadataBlock(0)
+        }
+        try disk.flush()
     }
 
     private func write(
