@@ -1,12 +1,13 @@
-// What happens seldom by itself, because each of its steps has to come at the right time: blocks that
-// stop being shared while others still read or write them, and flushes that fail beside others.
+// What happens seldom by itself, because each of its steps has to come at the right time: blocks
+// that stop being shared while others still read or write them, and flushes that fail beside others.
 
 import NBDProtocol
 import ThinPool
 
 extension World {
-    /// A volume and its snapshot, a client of each, and two blocks that they share. The snapshot gives
-    /// one of them up, by which it becomes the volume's alone; somebody is slow; the volume writes.
+    /// A volume and its snapshot, a client of each, and two blocks that they share. The snapshot
+    /// gives one of them up, by which it becomes the volume's alone; somebody is slow; the volume
+    /// writes.
     func drill() throws {
         guard failedAt == nil, !isReadOnly, let name = models.keys.sorted().first,
             let origin = models[name], !origin.isGoing, origin.sectors >= 2 * sectorsPerBlock

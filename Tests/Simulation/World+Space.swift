@@ -1,5 +1,5 @@
-// Pools that are full, that are read-only, and that have failed: what they still do, and what they no
-// longer do.
+// Pools that are full, that are read-only, and that have failed: what they still do, and what they
+// no longer do.
 
 import Glibc
 import ThinMetadata
@@ -8,7 +8,8 @@ import ThinPool
 extension World {
     // MARK: - Full
 
-    /// Every block that nobody maps can be had, but for those kept back; what is full can be emptied.
+    /// Every block that nobody maps can be had, but for those kept back; what is full can be
+    /// emptied.
     ///
     /// Nothing else goes on meanwhile, so that the numbers have to be right.
     func checkSpace() throws {
@@ -117,8 +118,8 @@ extension World {
             names.append(name)
         }
         try rest()
-        // What is written now finds no room for its mapping, waits for a commit if there is one, and
-        // is told.
+        // What is written now finds no room for its mapping, waits for a commit if there is one,
+        // and is told.
         for name in names.prefix(4) where failedAt == nil && names.count > 4 {
             let deletion = random.oneIn(3) ? nil : ask(.delete(name: names.removeLast()))
             for _ in 0..<random.below(30) { try progress() }

@@ -459,8 +459,8 @@ public final class World {
         return min(sectors.lowerBound / sectorsPerBlock, end)..<end
     }
 
-    /// The engine has done a write in a turn that began when the pool had failed. So whatever it had
-    /// to map was not mapped.
+    /// The engine has done a write in a turn that began when the pool had failed. So whatever it
+    /// had to map was not mapped.
     private func checkAfterFailure(_ request: VolumeRequest) {
         guard let model = models[request.volume.name], request.length > 0 else { return }
         let first = Int(request.offset / 512)

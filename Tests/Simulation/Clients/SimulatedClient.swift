@@ -34,7 +34,8 @@ struct WrongRequest {
         return [
             .init(type: write, offset: size - 512, length: 4096, hasPayload: true, error: .noSpace),
             .init(
-                type: write, offset: size - 512, length: 150_000, hasPayload: true, error: .noSpace),
+                type: write, offset: size - 512, length: 150_000, hasPayload: true,
+                error: .noSpace),
             .init(type: write, offset: 1, length: 100, hasPayload: true, error: .invalid),
             .init(
                 type: write, flags: 1 << 9, offset: 0, length: 512, hasPayload: true,
