@@ -263,6 +263,11 @@ extension VolumeIO {
             step.pointee.hasWaited = true
             step.pointee.phase = .asks
             unpin(step)
+            // Who is pinned may need the buffer to go on, and this step may have to wait for that.
+            if let bounce = step.pointee.bounce {
+                step.pointee.bounce = nil
+                giveBounce(bounce)
+            }
             pool.requestCommit()
             pool.park(reference(index), in: &pool.spaceWaiters)
         } else {

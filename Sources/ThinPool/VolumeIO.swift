@@ -547,7 +547,7 @@ public final class VolumeIO: @unchecked Sendable {
         return nil
     }
 
-    private func giveBounce(_ bounce: UnsafeMutableRawPointer) {
+    func giveBounce(_ bounce: UnsafeMutableRawPointer) {
         bounces.append(bounce)
         if let next = waitingForBounce.popFirst() { continueFill(next) }
     }

@@ -50,6 +50,8 @@ public struct EveryIO {
         history.options.kills = false
         history.options.dataFaults = false
         history.options.metadataFaults = false
+        history.options.flushFaults = false
+        history.options.cutsAtPromises = false
         history.options.rot = false
         history.options.lostWrites = false
         return history

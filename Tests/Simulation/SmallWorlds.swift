@@ -117,7 +117,7 @@ extension World {
             // With a write under way, which is sent again.
             send(.write, 3 * block..<3 * block + 8)
             for _ in 0..<6 { try progress() }
-            if !clients.isEmpty { dropClient() }
+            if !clients.isEmpty { try dropClient() }
         case .restart:
             try close()
             try open()

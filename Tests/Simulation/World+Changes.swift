@@ -4,7 +4,8 @@ import ThinMetadata
 import ThinPool
 
 extension World {
-    func ask(_ change: VolumeChange) {
+    @discardableResult
+    func ask(_ change: VolumeChange) -> Change {
         let record = Change(change, sentAt: time)
         time += 1
         changes.append(record)
@@ -12,6 +13,7 @@ extension World {
         if case .delete(let name) = change { models[name]?.isGoing = true }
         nonisolated(unsafe) let unsafeRecord = record
         pool.request(change) { unsafeRecord.result = .some($0) }
+        return record
     }
 
     func delete(_ model: VolumeModel) {
@@ -21,10 +23,56 @@ extension World {
         let isInUse = (clients + broken).contains { $0.model === model }
         if isInUse && !random.oneIn(8) { return }
         ask(.delete(name: model.name))
+        // Somebody comes too late.
+        if random.oneIn(2) { connect(SimulatedClient(model: model)) }
     }
 
     func leaveAll(_ model: VolumeModel) {
         for client in clients where client.model === model && !client.isLeaving { client.leave() }
+    }
+
+    /// Another program makes a thin device while the pool is closed.
+    func makeStranger() throws {
+        guard metadataDisk.faults.isEmpty, !meter.isArmed else { return }
+        let metadata = try ThinMetadata(metadataDisk, cacheBlocks: options.cacheBlocks)
+        let id = UInt32(1000 + counts.reopens)
+        do { try metadata.createThin(ThinDeviceID(id)) } catch {
+            if case .outOfMetadataSpace = error { return }
+            throw error
+        }
+        try worker.commit(metadata.freeze(), to: metadataDisk)
+        strangers.insert(id)
+    }
+
+    /// Asks for what has to be refused, for one reason.
+    func askWrongly() {
+        guard let name = models.keys.sorted().first, models[name]?.isGoing == false,
+            failedAt == nil, !isReadOnly
+        else { return }
+        let refused: [(VolumeChange, PoolError.Kind)] = [
+            (.create(name: name, size: 512), .exists),
+            (.create(name: "", size: 512), .invalidName),
+            (.create(name: "a/b", size: 512), .invalidName),
+            (.create(name: "-a", size: 512), .invalidName),
+            (.create(name: String(repeating: "a", count: 256), size: 512), .invalidName),
+            (.create(name: "a", size: 0), .invalidSize),
+            (.create(name: "a", size: 513), .invalidSize),
+            (.create(name: "a", size: Volume.maxSize + 512), .invalidSize),
+            (.snapshot(origin: "nobody", name: "a"), .noSuchVolume),
+            (.snapshot(origin: name, name: name), .exists),
+            (.delete(name: "nobody"), .noSuchVolume),
+            (.adopt(id: 999, name: "a", size: 512), .noSuchVolume),
+            (.adopt(id: 1, name: name, size: 512), .exists),
+        ]
+        let (change, kind) = refused[random.below(refused.count)]
+        nonisolated(unsafe) weak let world = self
+        pool.request(change) { error in
+            guard let world, !world.isTroubled, error?.kind != kind else { return }
+            // The volume itself may have gone meanwhile, and the server may have ended.
+            if [.noSuchVolume, .failed, .device, .metadata].contains(error?.kind) { return }
+            world.wrong = WorldFailure(
+                description: "\(change) ends with \(error?.message ?? "success")")
+        }
     }
 
     /// Takes note of the changes that have been told done.
@@ -39,6 +87,7 @@ extension World {
             if let error = result {
                 switch error.kind {
                 case .outOfSpace, .inUse, .noSuchVolume, .exists: break
+                case .readOnly where isReadOnly: break
                 default:
                     guard isTroubled else {
                         throw WorldFailure(description: "\(change.change): \(error)")
@@ -50,6 +99,10 @@ extension World {
                     models[name]?.isGoing = false
                 }
                 continue
+            }
+            if isReadOnly {
+                throw WorldFailure(
+                    description: "\(change.change) is done, though the pool is read-only")
             }
             happened(change)
             // What it holds is decided: it is read once, and may never change again by itself.
@@ -73,7 +126,10 @@ extension World {
         case .delete(let name):
             models[name] = nil
             counts.deletions += 1
-        case .adopt, .forget:
+        case .adopt(let id, let name, let size):
+            models[name] = VolumeModel(name: name, sectors: Int(size / 512))
+            strangers.remove(id)
+        case .forget:
             break
         }
     }
@@ -82,7 +138,7 @@ extension World {
     func resolveChanges(_ names: Set<String>) {
         for change in changes + uncertain {
             switch change.change {
-            case .create(let name, _), .snapshot(_, let name):
+            case .create(let name, _), .snapshot(_, let name), .adopt(_, let name, _):
                 if names.contains(name), models[name] == nil { happened(change) }
             case .delete(let name):
                 if names.contains(name) {
@@ -90,7 +146,7 @@ extension World {
                 } else if models[name] != nil {
                     happened(change)
                 }
-            case .adopt, .forget:
+            case .forget:
                 break
             }
         }
@@ -108,7 +164,11 @@ extension World {
             throw WorldFailure(description: "volume \(name) has come back")
         }
         let unnamed: [VolumeInfo]
-        do { unnamed = try pool.volumeList().filter { $0.state == .unnamed } } catch {
+        do {
+            unnamed = try pool.volumeList().filter {
+                $0.state == .unnamed && !strangers.contains($0.id)
+            }
+        } catch {
             // Reading it failed.
             if isTroubled { return }
             throw error

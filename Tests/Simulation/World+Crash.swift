@@ -70,6 +70,7 @@ extension World {
     /// What is left of the server in memory comes to its end on devices that do nothing any more:
     /// everything is answered, nothing hangs, all memory is given back.
     func bury() throws {
+        pool.onFailure = nil
         severClients()
         for client in broken { client.wire.isReset = true }
         for disk in [metadataDisk, dataDisk] {
@@ -79,6 +80,7 @@ extension World {
         var patience = 20_000
         while reactors.contains(where: \.isBusy) {
             for reactor in reactors {
+                reactor.passTime()
                 reactor.turn {
                     for case let place? in reactor.places {
                         place.wire.isClosedByClient = true
@@ -109,6 +111,7 @@ extension World {
     func recover() throws {
         counts.failures += 1
         try settle()
+        try checkFailed()
         try crash(keepingCaches: random.oneIn(2))
     }
 
@@ -123,12 +126,14 @@ extension World {
             metadataDisk.heal(block: rotten.block, of: Layout.blockSize, old: rotten.old)
             self.rotten = nil
         }
+        isReadOnly = false
         repeat {
             try checkMetadata()
             var readOnly = PoolOptions()
             readOnly.readOnly = true
             let probe = try Pool(metadata: metadataDisk, data: dataDisk, options: readOnly)
             if probe.status().needsCheck {
+                try checkUnchecked()
                 // The check has found nothing: its owner clears the mark.
                 try ThinMetadata.setNeedsCheck(metadataDisk, false)
             }
@@ -162,14 +167,17 @@ extension World {
     func rot() throws {
         counts.rot += 1
         // Once on copies, from a fresh start, and once under the running server.
-        let metadata = metadataDisk.copy()
-        _ = metadata.rot(block: randomMetadataBlock(), of: Layout.blockSize)
-        if let pool = try? Pool(metadata: metadata, data: dataDisk.copy(), options: poolOptions) {
-            for name in pool.volumeNames() {
-                guard let model = models[name] else { continue }
-                try examine(model, in: pool, on: dataDisk.copy(), mayFail: true)
-            }
+        let healthy = metadataDisk.copy()
+        healthy.blocksRead = []
+        try openAndRead(healthy)
+        let blocks = healthy.blocksRead!.sorted()
+        for _ in 0..<8 {
+            let metadata = metadataDisk.copy()
+            metadata.random = SeededRandom(seed: random.next())
+            _ = metadata.rot(block: blocks[random.below(blocks.count)], of: Layout.blockSize)
+            try openAndRead(metadata)
         }
+        try rotCatalogue()
         guard failedAt == nil else { return }
         let block = randomMetadataBlock()
         rotten = (block, metadataDisk.rot(block: block, of: Layout.blockSize))
@@ -188,10 +196,52 @@ extension World {
         hasRot = false
     }
 
+    /// Reads all that a pool shows which is opened from this disk.
+    private func openAndRead(_ metadata: SimulatedDisk) throws {
+        let data = dataDisk.copy()
+        guard let pool = try? Pool(metadata: metadata, data: data, options: poolOptions) else {
+            return
+        }
+        for name in pool.volumeNames() {
+            guard let model = models[name] else { continue }
+            try examine(model, in: pool, on: data, mayFail: true)
+        }
+    }
+
+    /// A bit changes in a catalogue: either that is noticed, or it was an old one.
+    private func rotCatalogue() throws {
+        let magic = Array("WAFERCAT".utf8)
+        let places = dataDisk.bytes.withUnsafeBytes { bytes in
+            (0..<bytes.count / blockSize).filter {
+                bytes[($0 * blockSize)..<($0 * blockSize + 8)].elementsEqual(magic)
+            }
+        }
+        var readOnly = PoolOptions()
+        readOnly.readOnly = true
+        func names(_ disk: SimulatedDisk) throws -> [VolumeInfo] {
+            try Pool(metadata: metadataDisk.copy(), data: disk, options: readOnly).volumeList()
+        }
+        guard let right = try? names(dataDisk.copy()) else { return }
+        for place in places {
+            let rotten = dataDisk.copy()
+            _ = rotten.rot(block: place, of: blockSize)
+            guard let left = try? names(rotten), left != right else { continue }
+            throw WorldFailure(description: "a rotten catalogue is believed")
+        }
+    }
+
     /// Low blocks are the ones in use.
     private func randomMetadataBlock() -> Int {
         let all = metadataDisk.bytes.count / Layout.blockSize
-        return random.below(random.oneIn(4) ? all : min(all, 40))
+        let drawn = random.below(random.oneIn(4) ? all : min(all, 40))
+        // Mostly one that is or was in use.
+        guard !random.oneIn(4) else { return drawn }
+        let used = metadataDisk.bytes.withUnsafeBytes { bytes in
+            (0..<all).filter {
+                bytes.loadUnaligned(fromByteOffset: $0 * Layout.blockSize, as: UInt64.self) != 0
+            }
+        }
+        return used.isEmpty ? drawn : used[random.below(used.count)]
     }
 
     /// The disk loses a write of the metadata, or puts it in another place, and says nothing.

@@ -71,38 +71,54 @@ extension World {
                 WorldFailure(description: "volume \(model.name) cannot be opened"))
         }
         defer { pool.close(volume) }
-        guard Int(volume.size / 512) == model.sectors else {
+        guard Int(volume.size / 512) == model.sectors, pool.volumeSize(model.name) == volume.size
+        else {
             return .failure(
                 WorldFailure(description: "volume \(model.name) has size \(volume.size)"))
         }
-        let io = SimulatedDataIO(disk: disk, draw: nil)
-        let engine = VolumeIO(pool: pool, io: io) {}
-        defer { engine.close() }
         var bytes = [UInt8](repeating: 0, count: model.sectors * 512)
-        var answer: Int32?
-        bytes.withUnsafeMutableBytes { buffer in
-            engine.beginTurn()
-            engine.submit(
-                VolumeRequest(
-                    operation: .read, volume: volume, offset: 0, length: UInt64(buffer.count),
-                    buffer: buffer.baseAddress, cookie: 0))
-            engine.endTurn()
-            engine.takeFinished { answer = $1 }
-            while answer == nil, !io.pending.isEmpty {
-                engine.beginTurn()
-                let (tag, result) = io.complete(0)
-                engine.complete(tag: tag, result: result)
-                engine.endTurn()
-                engine.takeFinished { answer = $1 }
-            }
-        }
-        guard let answer else {
-            fatalError("a read of \(model.name) is never answered")
+        let answer = bytes.withUnsafeMutableBytes {
+            perform(.read, volume, sector: 0, $0, in: pool, on: disk)
         }
         guard answer == 0 else {
             return .failure(
                 WorldFailure(description: "\(model.name) cannot be read: errno \(answer)"))
         }
         return .success(bytes)
+    }
+
+    /// One request through an engine of its own; its errno. What it waits for is other's work.
+    func perform(
+        _ operation: VolumeOperation, _ volume: Volume, sector: Int,
+        _ buffer: UnsafeMutableRawBufferPointer, in pool: Pool, on disk: SimulatedDisk
+    ) -> Int32 {
+        let io = SimulatedDataIO(disk: disk, draw: nil)
+        let engine = VolumeIO(pool: pool, io: io) {}
+        defer { engine.close() }
+        var answer: Int32?
+        engine.beginTurn()
+        engine.submit(
+            VolumeRequest(
+                operation: operation, volume: volume, offset: UInt64(sector) * 512,
+                length: UInt64(buffer.count), buffer: buffer.baseAddress, cookie: 0))
+        engine.endTurn()
+        engine.takeFinished { answer = $1 }
+        var patience = 10_000
+        while answer == nil {
+            patience -= 1
+            if patience == 0 {
+                fatalError("\(operation) of \(volume.name) is never answered")
+            }
+            engine.beginTurn()
+            if io.pending.isEmpty {
+                if pool === self.pool { worker.step(self) }
+            } else {
+                let (tag, result) = io.complete(0)
+                engine.complete(tag: tag, result: result)
+            }
+            engine.endTurn()
+            engine.takeFinished { answer = $1 }
+        }
+        return answer!
     }
 }

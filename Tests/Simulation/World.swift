@@ -33,6 +33,10 @@ public final class World {
     var clients: [SimulatedClient] = []
     /// Connections that have not been accepted yet.
     private var arrivals: [(reactor: Int, wire: Wire)] = []
+    /// Of those who are no clients and may still be there.
+    var visitors: [Wire] = []
+    /// Thin devices that another program has made and that nobody has adopted yet.
+    var strangers = Set<UInt32>()
     /// Clients whose connection is broken, and which come again when the server has let go of it.
     var broken: [SimulatedClient] = []
     var models: [String: VolumeModel] = [:]
@@ -43,8 +47,17 @@ public final class World {
     /// When the pool failed, if it has.
     var failedAt: UInt64?
     /// Faults that had struck, or other damage that was done, when the pool was last opened.
-    private var struckAtOpen = 0
+    var struckAtOpen = 0
     var hasRot = false
+    /// Why the pool failed with no fault in sight, and whatever else may never happen.
+    var wrong: WorldFailure?
+    /// Faults of the metadata disk when the pool failed.
+    var metadataStruckAtFailure = 0
+    /// The pool is open read-only.
+    var isReadOnly = false
+    /// The power is to go when the present step is over.
+    private var isCutDue = false
+    private var hasFlooded = false
     /// The block that has rotted, and what was in it.
     var rotten: (block: Int, old: [UInt8])?
 
@@ -111,6 +124,7 @@ public final class World {
         try settle()
         if failedAt != nil { try recover() }
         try verifyAll()
+        if options.fills { try checkSpace() }
         try close()
         try open()
         try verifyAll()
@@ -121,10 +135,12 @@ public final class World {
 
     private func act() throws {
         if failedAt != nil, random.oneIn(4) { return try recover() }
+        if options.churns, random.oneIn(5) { return churn() }
+        if options.drills, random.oneIn(16) { return try drill() }
         switch random.below(100) {
-        case 0..<6 where models.count < 6:
+        case 0..<6 where models.count < options.volumes:
             ask(.create(name: name(), size: randomSize()))
-        case 6..<13 where options.snapshots && models.count < 8:
+        case 6..<13 where options.snapshots && models.count < options.volumes + 2:
             if let origin = randomModel() {
                 ask(.snapshot(origin: origin.name, name: name()))
             }
@@ -137,13 +153,15 @@ public final class World {
         case 21..<23 where options.kills:
             try crash(keepingCaches: true)
         case 23..<25 where options.drops:
-            dropClient()
+            try dropClient()
         case 25..<27 where options.dataFaults:
             strike(dataDisk)
         case 27..<29 where options.metadataFaults:
             strike(metadataDisk)
         case 29..<31:
             heal()
+        case 50..<52 where options.flushFaults && failedAt == nil:
+            try failFlush()
         case 31 where options.rot && !models.isEmpty:
             try rot()
         case 32 where options.lostWrites && counts.commits > 0:
@@ -154,17 +172,29 @@ public final class World {
             clock += 1_100_000_000
         case 37..<42:
             try connectOrLeave()
+        case 42..<44 where options.wrongRequests:
+            misbehave()
+        case 52 where options.wrongRequests:
+            askWrongly()
+        case 53..<56 where !strangers.isEmpty:
+            ask(.adopt(id: strangers.min()!, name: name(), size: randomSize()))
+        case 44 where options.readOnlyTimes:
+            try beReadOnly()
+        case 45 where options.floods && !hasFlooded:
+            flood()
+        case 46 where options.fills && random.oneIn(2):
+            try checkSpace()
         default:
             try send()
         }
     }
 
-    private func name() -> String {
+    func name() -> String {
         nextName += 1
         return "v\(nextName)"
     }
 
-    private func randomSize() -> UInt64 {
+    func randomSize() -> UInt64 {
         let blocks = 1 + random.below(12)
         // Some volumes end inside a block.
         let tail = random.oneIn(3) ? 1 + random.below(sectorsPerBlock - 1) : 0
@@ -173,7 +203,24 @@ public final class World {
 
     func randomModel() -> VolumeModel? {
         let names = models.keys.sorted()
+        if options.hotBlock != nil, random.oneIn(2), let oldest = names.first {
+            return models[oldest]
+        }
         return names.isEmpty ? nil : models[names[random.below(names.count)]]
+    }
+
+    /// What the oldest volume shares changes all the time.
+    private func churn() {
+        guard let oldest = models.keys.sorted().first else { return }
+        let others = models.values.filter { model in
+            model.name != oldest && !model.isGoing
+                && !(clients + broken).contains { $0.model === model }
+        }
+        if models.count < options.volumes + 3, others.isEmpty || random.oneIn(2) {
+            ask(.snapshot(origin: oldest, name: name()))
+        } else if !others.isEmpty {
+            ask(.delete(name: others.map(\.name).sorted()[random.below(others.count)]))
+        }
     }
 
     // MARK: - Clients
@@ -199,9 +246,27 @@ public final class World {
     }
 
     /// A client's connection breaks, with all that is under way on it.
-    func dropClient() {
+    func dropClient() throws {
         guard !clients.isEmpty else { return }
-        let client = clients.remove(at: random.below(clients.count))
+        let client = clients[random.below(clients.count)]
+        if client.state == .ready, !client.isLeaving, random.oneIn(2) {
+            // In the middle of a long write, and with a reply on its way.
+            let block = 0..<min(sectorsPerBlock, client.model.sectors)
+            if let read = request(.read, client.model, 0..<1) { submit(read, by: client) }
+            if let write = request(.write, client.model, block) { submit(write, by: client) }
+            for _ in 0..<random.below(12) { try progress() }
+            guard clients.contains(where: { $0 === client }) else { return }
+            // Others have use for the memory.
+            for other in clients
+            where other !== client && other.state == .ready && !other.isLeaving
+                && other.model.sectors >= sectorsPerBlock
+            {
+                for command in [Command.write, .read] {
+                    if let more = request(command, other.model, block) { submit(more, by: other) }
+                }
+            }
+        }
+        clients.removeAll { $0 === client }
         client.wire.isClosedByClient = true
         client.wire.isReset = random.oneIn(2)
         broken.append(client)
@@ -250,8 +315,8 @@ public final class World {
         client.former = []
     }
 
-    private func send() throws {
-        let ready = clients.filter { $0.state == .ready && !$0.isLeaving }
+    func send() throws {
+        let ready = clients.filter { $0.state == .ready && !$0.isLeaving && !$0.hasOffended }
         guard !ready.isEmpty else {
             if clients.isEmpty, let model = randomModel(), !model.isGoing {
                 connect(SimulatedClient(model: model))
@@ -264,15 +329,54 @@ public final class World {
         }
     }
 
+    /// What a server has to refuse, in between what is right, or to hang up on; and visitors.
+    private func misbehave() {
+        if random.oneIn(4) {
+            let wire = Wire()
+            SimulatedClient.visit(wire, random.below(SimulatedClient.visits))
+            wire.isClosedByClient = random.oneIn(2)
+            visitors.append(wire)
+            arrivals.append((random.below(reactors.count), wire))
+            return
+        }
+        let ready = clients.filter { $0.state == .ready && !$0.isLeaving && !$0.hasOffended }
+        guard !ready.isEmpty, !isReadOnly else { return }
+        let client = ready[random.below(ready.count)]
+        if random.oneIn(12) { return client.offend() }
+        let all = WrongRequest.all(size: UInt64(client.model.sectors) * 512)
+        counts.refused += 1
+        submit(
+            SentRequest(
+                command: .cache, sectors: 0..<0, changed: 0..<0, value: 0, flags: [], begun: 0,
+                wrong: all[random.below(all.count)]),
+            by: client)
+    }
+
+    /// More than the server takes from a client, or from all of them, at once.
+    private func flood() {
+        let ready = clients.filter { $0.state == .ready && !$0.isLeaving && !$0.hasOffended }
+        guard !ready.isEmpty else { return }
+        hasFlooded = true
+        let isLong = random.oneIn(2)
+        for client in ready {
+            let count = isLong ? 24 : 300
+            let end = isLong ? client.model.sectors : 1
+            for _ in 0..<count {
+                if let read = request(.read, client.model, 0..<end) { submit(read, by: client) }
+            }
+        }
+    }
+
     private func randomRequest(_ model: VolumeModel) -> SentRequest? {
         let range = randomRange(model)
+        let fua: CommandFlags = random.oneIn(options.fuaOneIn) ? [.fua] : []
         switch random.below(12) {
         case 0..<3:
             return request(.read, model, range)
         case 3..<8:
-            return request(.write, model, range, random.oneIn(8) ? [.fua] : [])
+            return request(.write, model, range, fua)
         case 8 where options.discards:
-            var flags: CommandFlags = random.oneIn(8) ? [.fua] : []
+            var flags = fua
             if random.oneIn(2) { return request(.trim, model, range, flags) }
             if random.oneIn(3) { flags.insert(.noHole) }
             return request(.writeZeroes, model, range, flags)
@@ -286,6 +390,13 @@ public final class World {
     /// Often one or more whole blocks, often a few sectors.
     private func randomRange(_ model: VolumeModel) -> Range<Int> {
         let blocks = (model.sectors + sectorsPerBlock - 1) / sectorsPerBlock
+        if let hotBlock = options.hotBlock, !random.oneIn(4) {
+            let start = min(hotBlock, blocks - 1) * sectorsPerBlock
+            let end = min(start + sectorsPerBlock, model.sectors)
+            if random.oneIn(4) { return start..<end }
+            let first = start + random.below(end - start)
+            return first..<min(first + 1 + random.below(8), end)
+        }
         if random.oneIn(2) {
             let first = random.below(blocks)
             let count = 1 + random.below(min(3, blocks - first))
@@ -319,11 +430,13 @@ public final class World {
         {
             return nil
         }
-        if command == .write {
-            request.value = nextValue
-            nextValue += 1
-        }
+        if command == .write { request.value = nextWriteValue() }
         return request
+    }
+
+    func nextWriteValue() -> UInt64 {
+        defer { nextValue += 1 }
+        return nextValue
     }
 
     func submit(_ request: SentRequest, by client: SimulatedClient) {
@@ -332,11 +445,32 @@ public final class World {
         time += 1
         if request.changes {
             client.model.begin(request.changed, value: request.value, at: request.begun)
+            let isWrite = request.command == .write
+            client.model.touch(blocks(of: request.sectors), value: isWrite ? request.value : nil)
         }
         counts.requests += 1
         note("\(client.model.name) \(request.command) \(request.sectors) \(request.value) "
             + "\(request.flags.rawValue)")
         client.send(request)
+    }
+
+    private func blocks(of sectors: Range<Int>) -> Range<Int> {
+        let end = (sectors.upperBound + sectorsPerBlock - 1) / sectorsPerBlock
+        return min(sectors.lowerBound / sectorsPerBlock, end)..<end
+    }
+
+    /// The engine has done a write in a turn that began when the pool had failed. So whatever it
+    /// had to map was not mapped.
+    private func checkAfterFailure(_ request: VolumeRequest) {
+        guard let model = models[request.volume.name], request.length > 0 else { return }
+        let first = Int(request.offset / 512)
+        let touched = blocks(of: first..<first + Int(request.length / 512))
+        let value = request.buffer!.load(as: UInt64.self)
+        if touched.count == 1, model.isSoleWriter(touched.lowerBound, value: value) {
+            wrong = WorldFailure(
+                description: "write \(value) of \(model.name) is acknowledged, but the pool had "
+                    + "failed before its block could be mapped")
+        }
     }
 
     /// A client takes what has come for it.
@@ -353,12 +487,13 @@ public final class World {
         }
         if client.state == .refused {
             client.wire.isClosedByClient = true
-            lose(client)
+            try lose(client)
         }
     }
 
     /// The server has hung up on it, or refuses its export.
-    private func lose(_ client: SimulatedClient) {
+    private func lose(_ client: SimulatedClient) throws {
+        try client.checkHangUp()
         clients.removeAll { $0 === client }
         // Its requests may still be under way in the server.
         broken.append(client)
@@ -368,6 +503,17 @@ public final class World {
         let request = reply.request
         let model = client.model
         note("\(model.name) \(request.command)@\(request.begun) answered \(reply.error)")
+        if let wrong = request.wrong {
+            guard reply.error == wrong.error.rawValue else {
+                throw WorldFailure(
+                    description: "\(wrong) of \(model.name) is answered with \(reply.error)")
+            }
+            return
+        }
+        if isReadOnly, request.changes, reply.error == 0 {
+            throw WorldFailure(
+                description: "\(request.command) of \(model.name) is done, though it is read-only")
+        }
         if reply.error != 0 {
             try checkError(reply.error, request, model)
             if request.changes {
@@ -398,6 +544,11 @@ public final class World {
         case .cache, .disconnect:
             break
         }
+        if options.cutsAtPromises, request.command == .flush || request.flags.contains(.fua),
+            random.oneIn(20)
+        {
+            isCutDue = true
+        }
     }
 
     private func checkError(
@@ -408,6 +559,8 @@ public final class World {
             counts.outOfSpace += 1
         case .inputOutput where isTroubled:
             break
+        case .notPermitted where isReadOnly && request.changes:
+            counts.refused += 1
         default:
             throw WorldFailure(
                 description: "\(request.command) of \(model.name) \(request.sectors) failed with "
@@ -454,6 +607,7 @@ public final class World {
         reconnectBroken()
         var choices: [() throws -> Void] = []
         for (number, reactor) in reactors.enumerated() {
+            reactor.passTime()
             if reactor.isAwake { choices.append { reactor.turn {} } }
             if !reactor.io.pending.isEmpty { choices.append { self.completeData(reactor) } }
             if arrivals.contains(where: { $0.reactor == number }) {
@@ -482,7 +636,7 @@ public final class World {
             if client.canReceive {
                 choices.append { try self.receive(client) }
             } else if client.wire.isClosedByServer {
-                choices.append { self.lose(client) }
+                choices.append { try self.lose(client) }
             }
         }
         let canWork = worker.hasIO || worker.isBusy
@@ -496,8 +650,10 @@ public final class World {
                 reactor.wake()
             }
         }
-        if meter.cutIsDue {
+        if let wrong { throw wrong }
+        if meter.cutIsDue || isCutDue {
             meter.cutIsDone()
+            isCutDue = false
             try crash(keepingCaches: false)
         }
         try noteChanges()
@@ -522,7 +678,8 @@ public final class World {
 
     /// Whether anybody waits for the server.
     private var isAwaited: Bool {
-        !changes.isEmpty || !broken.isEmpty || clients.contains { !$0.unanswered.isEmpty }
+        !changes.isEmpty || !broken.isEmpty
+            || clients.contains { !$0.unanswered.isEmpty || $0.hasOffended }
     }
 
     /// Runs until every request and change has been answered.
@@ -546,27 +703,38 @@ public final class World {
 
     // MARK: - Opening and closing
 
-    func open() throws {
-        note("opening")
+    func open(readOnly: Bool = false) throws {
+        note("opening\(readOnly ? " read-only" : "")")
         struckAtOpen = meter.struck
         failedAt = nil
+        isReadOnly = readOnly
+        isCutDue = false
         pool = try openPool()
         nonisolated(unsafe) weak let world = self
-        pool.onFailure = { error in
-            world?.failedAt = world?.time
-            world?.note("the pool fails: \(error)")
-        }
+        pool.onFailure = { world?.noteFailure($0) }
         let status = pool.status()
-        guard status.mode == .writable, status.problems.isEmpty else {
+        guard status.mode == (readOnly ? .readOnly : .writable), status.problems.isEmpty else {
             throw WorldFailure(description: "the pool opens \(status.mode): \(status.problems)")
         }
         reactors = (0..<options.reactors).map { _ in
-            SimulatedReactor(
-                pool: pool,
-                io: SimulatedDataIO(disk: dataDisk) { [unowned self] in random.below($0) })
+            let io = SimulatedDataIO(disk: dataDisk, slowOneIn: options.slowOneIn) {
+                [unowned self] in random.below($0)
+            }
+            let reactor = SimulatedReactor(pool: pool, io: io, isReadOnly: readOnly)
+            reactor.wroteAfterFailure = { world?.checkAfterFailure($0) }
+            return reactor
         }
         worker.reset()
         try checkNames(pool)
+    }
+
+    private func noteFailure(_ error: PoolError) {
+        note("the pool fails: \(error)")
+        if !isTroubled {
+            wrong = WorldFailure(description: "the pool fails though no I/O has: \(error)")
+        }
+        failedAt = time
+        metadataStruckAtFailure = metadataDisk.struck
     }
 
     /// A fault may keep it from opening; without it, it opens.
@@ -584,6 +752,7 @@ public final class World {
         poolOptions.tablePages = options.tablePages
         poolOptions.passDiscardsDown = options.passDiscardsDown
         poolOptions.bounds = options.bounds
+        poolOptions.readOnly = isReadOnly
         return poolOptions
     }
 
@@ -616,10 +785,15 @@ public final class World {
         if failedAt != nil { return try recover() }
         try verifyAll()
         heal()
+        if options.fills, meter.struck > struckAtOpen {
+            try checkSpace()
+            if failedAt != nil { return try recover() }
+        }
         try close()
         // A fault may have struck while it was closed; then it is open already.
         if pool != nil { return }
         if options.grows && random.oneIn(2) { grow() }
+        if options.strangers && random.oneIn(2) { try makeStranger() }
         try open()
         counts.reopens += 1
     }

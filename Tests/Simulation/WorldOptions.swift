@@ -14,23 +14,48 @@ public struct WorldOptions {
     public var cacheBlocks = 64
     public var tablePages = 8
     public var bounds = PoolBounds()
+    /// Volumes that are made, snapshots not counted.
+    public var volumes = 6
+    /// Most of what clients do is small and in this block of a volume, and in the oldest volume.
+    public var hotBlock: Int?
+    /// Snapshots of the oldest volume come and go all the time.
+    public var churns = false
+    /// What is shared stops being shared while I/O to it is under way.
+    public var drills = false
+    /// One in so many I/Os of the reactors takes long.
+    public var slowOneIn = 12
+    /// One in so many changes is durable when it is answered.
+    public var fuaOneIn: UInt64 = 8
 
     // Operations
     public var snapshots = true
     public var discards = true
     public var deletions = true
+    /// Thin devices appear that another program has made, and are adopted.
+    public var strangers = false
     public var grows = true
     public var checks = true
     public var passDiscardsDown = true
     /// Changes of a sector that another change in flight is about to change, too.
     public var overlaps = true
+    /// Requests that have to be refused, and clients that do not keep to the protocol.
+    public var wrongRequests = false
+    /// Once a client or two send more at once than the server takes.
+    public var floods = false
+    /// The pool is served read-only for a while.
+    public var readOnlyTimes = false
+    /// Now and then the pool at rest is filled to the brim, and emptied again.
+    public var fills = false
 
     // Faults
     public var powerCuts = true
+    /// The power goes just after something was promised.
+    public var cutsAtPromises = false
     public var kills = true
     public var drops = true
     public var dataFaults = false
     public var metadataFaults = false
+    public var flushFaults = false
     public var rot = false
     public var lostWrites = false
 
@@ -38,8 +63,8 @@ public struct WorldOptions {
 
     public init(drawnFrom random: inout SeededRandom) {
         dataBlocks = [12, 24, 48, 96][random.below(4)]
-        metadataBlocks = [96, 256, 1024][random.below(3)]
-        if random.oneIn(16) {
+        metadataBlocks = [96, 96, 256, 1024][random.below(4)]
+        if random.oneIn(8) {
             // Larger blocks than the pieces in which they are copied.
             blockSectors = 256
             dataBlocks = 16
@@ -62,8 +87,22 @@ public struct WorldOptions {
         drops = random.oneIn(2)
         dataFaults = random.oneIn(4)
         metadataFaults = random.oneIn(4)
+        strangers = random.oneIn(4)
+        flushFaults = random.oneIn(4)
         rot = random.oneIn(6)
         lostWrites = random.oneIn(12)
+        volumes = 1 + random.below(6)
+        hotBlock = random.oneIn(2) ? random.below(3) : nil
+        churns = snapshots && deletions && random.oneIn(3)
+        drills = snapshots && discards && random.oneIn(3)
+        if drills, random.oneIn(2) { tablePages = 1 }
+        slowOneIn = [3, 12, 12, 1000][random.below(4)]
+        fuaOneIn = [2, 8][random.below(2)]
+        wrongRequests = random.oneIn(3)
+        floods = random.oneIn(40)
+        readOnlyTimes = random.oneIn(4)
+        fills = random.oneIn(3)
+        cutsAtPromises = powerCuts && random.oneIn(3)
     }
 }
 
@@ -92,6 +131,10 @@ public struct WorldCounts: Sendable {
     public var checks = 0
     public var reopens = 0
     public var reconnects = 0
+    /// Requests that had to be refused.
+    public var refused = 0
+    public var readOnlyTimes = 0
+    public var fills = 0
     public var outOfSpace = 0
     public var powerCuts = 0
     public var kills = 0
@@ -121,6 +164,8 @@ public struct WorldCounts: Sendable {
             ("requests", \.requests), ("commits", \.commits), ("snapshots", \.snapshots),
             ("deletions", \.deletions), ("growths", \.grows), ("checks", \.checks),
             ("reopenings", \.reopens), ("reconnections", \.reconnects),
+            ("refusals", \.refused), ("read-only times", \.readOnlyTimes),
+            ("pools filled", \.fills),
             ("out of space", \.outOfSpace), ("power cuts", \.powerCuts), ("kills", \.kills),
             ("I/O faults", \.faults), ("failed pools", \.failures), ("rotten blocks", \.rot),
             ("lost writes", \.lostWrites), ("of them unseen", \.unseenLosses),

@@ -1,6 +1,6 @@
 // An NBD client: the kernel's, as far as the server can tell. It has one volume, sends any number of
 // requests without waiting, and when its connection breaks it makes a new one and sends again what
-// was not answered.
+// was not answered. Now and then it sends what has to be refused, or no request at all.
 
 import NBDProtocol
 
@@ -13,6 +13,45 @@ struct SentRequest {
     var value: UInt64
     var flags: CommandFlags
     var begun: UInt64
+    /// It has to be refused.
+    var wrong: WrongRequest?
+}
+
+/// A request that the server must not carry out, as it is sent.
+struct WrongRequest {
+    var type: UInt16
+    var flags: UInt16 = 0
+    var offset: UInt64
+    var length: UInt32
+    /// Whether so much payload follows.
+    var hasPayload = false
+    /// The reply's error.
+    var error: WireError
+
+    /// All that there are for an export of `size` bytes.
+    static func all(size: UInt64) -> [WrongRequest] {
+        let write = Command.write.rawValue
+        return [
+            .init(type: write, offset: size - 512, length: 4096, hasPayload: true, error: .noSpace),
+            .init(
+                type: write, offset: size - 512, length: 150_000, hasPayload: true,
+                error: .noSpace),
+            .init(type: write, offset: 1, length: 100, hasPayload: true, error: .invalid),
+            .init(
+                type: write, flags: 1 << 9, offset: 0, length: 512, hasPayload: true,
+                error: .invalid),
+            .init(type: write, offset: 0, length: 0, error: .none),
+            .init(type: Command.read.rawValue, offset: size, length: 512, error: .invalid),
+            .init(
+                type: Command.read.rawValue, offset: 0, length: Limits.maximumPayload + 512,
+                error: .invalid),
+            .init(type: Command.trim.rawValue, offset: 0, length: 511, error: .invalid),
+            .init(
+                type: Command.writeZeroes.rawValue, offset: size, length: 512, error: .noSpace),
+            .init(type: Command.flush.rawValue, offset: 0, length: 512, error: .invalid),
+            .init(type: 77, offset: 0, length: 0, error: .invalid),
+        ]
+    }
 }
 
 /// What came back for it.
@@ -46,6 +85,8 @@ final class SimulatedClient {
     var patience = 0
     /// It has said that it leaves.
     private(set) var isLeaving = false
+    /// It has sent what is no request: the server hangs up.
+    private(set) var hasOffended = false
 
     private static let greetingSize = 18
     private static let optionReplySize = 20
@@ -64,6 +105,7 @@ final class SimulatedClient {
         wire = Wire()
         input = []
         hasGreeting = false
+        hasOffended = false
         state = .negotiating
         greet()
         return open
@@ -85,6 +127,17 @@ final class SimulatedClient {
         nextCookie += 1
         unanswered[cookie] = request
         wire.toServer.append(big: Magic.request)
+        if let wrong = request.wrong {
+            wire.toServer.append(big: wrong.flags)
+            wire.toServer.append(big: wrong.type)
+            wire.toServer.append(big: cookie)
+            wire.toServer.append(big: wrong.offset)
+            wire.toServer.append(big: wrong.length)
+            if wrong.hasPayload {
+                wire.toServer += [UInt8](repeating: 0x77, count: Int(wrong.length))
+            }
+            return
+        }
         wire.toServer.append(big: request.flags.rawValue)
         wire.toServer.append(big: request.command.rawValue)
         wire.toServer.append(big: cookie)
@@ -105,6 +158,12 @@ final class SimulatedClient {
         wire.toServer.append(big: UInt16(0))
         wire.toServer.append(big: Command.disconnect.rawValue)
         wire.toServer += [UInt8](repeating: 0, count: 20)
+    }
+
+    /// Sends what does not begin as a request does.
+    func offend() {
+        hasOffended = true
+        wire.toServer += [UInt8](repeating: 0x55, count: 28)
     }
 
     var canReceive: Bool { !wire.toClient.isEmpty }
@@ -165,8 +224,51 @@ final class SimulatedClient {
         return place
     }
 
-    /// The server has hung up.
-    func hangUp() { state = .refused }
+    /// The server has closed the connection. What it must not do is leave something unanswered.
+    func checkHangUp() throws {
+        if hasOffended || state == .refused { return }
+        guard isLeaving else {
+            throw WorldFailure(description: "the server hangs up on a client of \(model.name)")
+        }
+        guard unanswered.isEmpty, input.isEmpty else {
+            throw WorldFailure(
+                description: "\(unanswered.count) requests of a client of \(model.name) that "
+                    + "leaves in order are not answered")
+        }
+    }
+}
+
+extension SimulatedClient {
+    /// Ways of coming and not staying.
+    static let visits = 6
+
+    /// Sends what somebody sends who wants no volume, or does not know how to ask for one.
+    static func visit(_ wire: Wire, _ way: Int) {
+        func option(_ code: OptionCode, _ data: [UInt8] = []) {
+            wire.toServer.append(big: Magic.option)
+            wire.toServer.append(big: code.rawValue)
+            wire.toServer.append(big: UInt32(data.count))
+            wire.toServer += data
+        }
+        wire.toServer.append(big: ClientFlag.fixedNewstyle | ClientFlag.noZeroes)
+        switch way {
+        case 0:
+            option(.list)
+            option(.abort)
+        case 1:
+            // Half a message.
+            wire.toServer.append(big: Magic.option)
+        case 2:
+            wire.toServer += [UInt8](repeating: 0x55, count: 16)
+        case 3:
+            option(.go, [0, 0, 0, 1, 0x78, 0, 0])
+        case 4:
+            option(.info, [0, 0, 0, 0, 0, 0])
+            option(.structuredReply)
+        default:
+            break
+        }
+    }
 }
 
 extension Array where Element == UInt8 {

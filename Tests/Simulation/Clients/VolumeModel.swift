@@ -32,6 +32,9 @@ final class VolumeModel {
     private var originAtGrant: [[Version]] = []
     /// Its deletion has been asked for.
     var isGoing = false
+    /// For every block that anybody has asked to change, the value of the only write that has; nil:
+    /// there were others, or it is no write.
+    private var soleWriters: [Int: UInt64?] = [:]
 
     init(name: String, sectors: Int) {
         self.name = name
@@ -48,6 +51,7 @@ final class VolumeModel {
         sectors = origin.sectors
         isUndecided = true
         originAtGrant = origin.versions
+        soleWriters = origin.soleWriters.mapValues { _ in nil }
         versions = origin.versions.map { all in
             // Which of them it is, is decided but not known. Not even a power cut leaves an older
             // one: the snapshot's commit covers what is in it.
@@ -66,6 +70,7 @@ final class VolumeModel {
         name = other.name
         sectors = other.sectors
         versions = other.versions
+        soleWriters = other.soleWriters
         isUndecided = other.isUndecided
         originAtGrant = other.originAtGrant
     }
@@ -80,6 +85,16 @@ final class VolumeModel {
         originAtGrant = []
         for s in range { versions[s].append(Version(value: value, begun: time)) }
     }
+
+    /// A change of these blocks is about to be sent.
+    func touch(_ blocks: Range<Int>, value: UInt64?) {
+        for block in blocks {
+            soleWriters[block] = .some(soleWriters[block] == nil ? value : nil)
+        }
+    }
+
+    /// Nobody but the write of this value has ever been asked to change the block: it has none yet.
+    func isSoleWriter(_ block: Int, value: UInt64) -> Bool { soleWriters[block] == .some(value) }
 
     /// The change that began at `begun` is over.
     func end(

@@ -55,6 +55,9 @@ public final class IOMeter {
 
     public init() {}
 
+    /// Some I/O is to go wrong that has not been done yet, or all are from now on.
+    var isArmed: Bool { failing != nil || cutting != nil }
+
     /// The errno with which this I/O ends, if it fails.
     func next() -> Int32? {
         defer { count += 1 }

@@ -21,6 +21,8 @@ public final class SimulatedDisk: BlockDevice {
     private var cache: [CachedWrite] = []
     public private(set) var flushes = 0
     public private(set) var writes = 0
+    /// Faults that have struck it.
+    private(set) var struck = 0
 
     public var faults: [Fault] = []
     var meter = IOMeter()
@@ -32,6 +34,8 @@ public final class SimulatedDisk: BlockDevice {
     var isToLose: Bool { losesNextWrite || misdirectsNextWrite != nil }
     /// Called before every read: a walker's chance to let others go on.
     public var onRead: (() -> Void)?
+    /// The metadata blocks that have been read since it was set.
+    var blocksRead: Set<Int>?
 
     /// Some of what reads see will never reach the medium.
     private var hasForgotten = false
@@ -81,6 +85,7 @@ public final class SimulatedDisk: BlockDevice {
         at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer
     ) throws(DeviceError) {
         onRead?()
+        if blocksRead != nil { blocksRead!.insert(Int(offset) / 4096) }
         guard offset + UInt64(buffer.count) <= size else { throw past("read", offset) }
         try strike(.read, offset, buffer.count)
         bytes.withUnsafeBytes {
@@ -210,6 +215,7 @@ public final class SimulatedDisk: BlockDevice {
             }
         }
         guard let code else { return }
+        struck += 1
         throw DeviceError(
             operation: "use", path: path, offset: offset, code: code,
             reason: "a simulated fault: \(String(cString: strerror(code)))")
@@ -246,10 +252,12 @@ public final class SimulatedDisk: BlockDevice {
         bytes = result
     }
 
-    /// Changes a bit on the medium; the block's bytes before.
+    /// Changes a bit on the medium, mostly one of a byte that is in use; the block's bytes before.
     func rot(block: Int, of size: Int) -> [UInt8] {
         let old = Array(bytes[block * size..<(block + 1) * size])
-        let place = block * size + random.below(size)
+        let used = random.oneIn(4) ? [] : old.indices.filter { old[$0] != 0 }
+        let place =
+            block * size + (used.isEmpty ? random.below(size) : used[random.below(used.count)])
         let bit = UInt8(1) << UInt8(random.below(8))
         bytes[place] ^= bit
         medium[place] ^= bit

@@ -23,12 +23,18 @@ final class SimulatedDataIO: DataIO {
 
     let disk: SimulatedDisk
     private(set) var pending: [Operation] = []
+    /// The next operation of this kind takes very long, and does what it does at its end.
+    var delaysNext: Kind?
+    /// The next flush is done at once, and its result is long on its way.
+    var tellsFlushLate = false
     /// Shared with the world, so that the run stays one sequence of draws. Nil: operations are done
     /// when they are completed, whole and in order.
     private let draw: ((Int) -> Int)?
+    private let slowOneIn: Int
 
-    init(disk: SimulatedDisk, draw: ((Int) -> Int)?) {
+    init(disk: SimulatedDisk, slowOneIn: Int = 12, draw: ((Int) -> Int)?) {
         self.disk = disk
+        self.slowOneIn = slowOneIn
         self.draw = draw
     }
 
@@ -55,13 +61,17 @@ final class SimulatedDataIO: DataIO {
     ) {
         var operation = Operation(
             kind: kind, offset: offset, memory: memory, length: length, durable: durable, tag: tag)
-        if let draw {
+        if delaysNext == kind {
+            delaysNext = nil
+            operation.patience = 150
+        } else if tellsFlushLate, kind == .flush {
+            tellsFlushLate = false
+            operation.result = apply(operation, length)
+            operation.patience = 60
+        } else if let draw {
             // A flush covers what completed before it was sent, so it may run at once or at the end.
-            if draw(2) == 0 {
-                operation.result = apply(operation, length)
-            } else if draw(12) == 0 {
-                operation.patience = 10 + draw(90)
-            }
+            if draw(2) == 0 { operation.result = apply(operation, length) }
+            if draw(slowOneIn) == 0 { operation.patience = 10 + draw(90) }
         }
         pending.append(operation)
     }

@@ -13,6 +13,9 @@ final class SimulatedReactor {
         let wire: Wire
         var receiving: UnsafeMutableRawBufferPointer?
         var sending: UnsafePointer<msghdr>?
+        /// How often the end of a receive is still passed over, after the server has shut its end
+        /// down: until then the kernel may write to the buffer.
+        var patience = 0
 
         init(connection: Connection, wire: Wire) {
             self.connection = connection
@@ -20,9 +23,13 @@ final class SimulatedReactor {
         }
 
         var canReceive: Bool {
-            receiving != nil
+            receiving != nil && patience == 0
                 && (!wire.toServer.isEmpty || wire.isClosedByClient || wire.isClosedByServer)
         }
+    }
+
+    func passTime() {
+        for case let place? in places where place.patience > 0 { place.patience -= 1 }
     }
 
     let io: SimulatedDataIO
@@ -33,10 +40,15 @@ final class SimulatedReactor {
     private(set) var isAwake = false
     /// Some volume may be opened again: all reactors are to be woken.
     var hasUnfenced = false
+    /// Told of every write that the engine has done, in a turn that began after the pool's failure.
+    var wroteAfterFailure: ((VolumeRequest) -> Void)?
+    private let isReadOnly: Bool
+    private var submitted: [UInt64: VolumeRequest] = [:]
 
-    init(pool: Pool, io: SimulatedDataIO) {
+    init(pool: Pool, io: SimulatedDataIO, isReadOnly: Bool = false) {
         self.pool = pool
         self.io = io
+        self.isReadOnly = isReadOnly
         nonisolated(unsafe) weak let box = self
         engine = VolumeIO(pool: pool, io: io) { box?.isAwake = true }
     }
@@ -46,17 +58,21 @@ final class SimulatedReactor {
     /// A turn in which `body` says what has come.
     func turn(_ body: () -> Void) {
         isAwake = false
+        let hasFailed = pool.status().mode == .failed
         engine.beginTurn()
         body()
         while let owner = buffers.nextServed {
-            places[owner]!.connection.resume(engine)
+            places[owner]!.connection.resume(self)
             if buffers.nextServed == owner { break }
         }
         for case let place? in places where place.connection.isWaiting {
-            place.connection.resume(engine)
+            place.connection.resume(self)
         }
         engine.endTurn()
         engine.takeFinished { cookie, error in
+            if let request = submitted.removeValue(forKey: cookie), hasFailed, error == 0 {
+                wroteAfterFailure?(request)
+            }
             let (owner, slot) = Transmission.place(of: cookie)
             if places[owner]!.connection.finish(slot: slot, code: error) { hasUnfenced = true }
         }
@@ -70,10 +86,10 @@ final class SimulatedReactor {
         if index == places.count { places.append(nil) }
         let connection = Connection(
             socket: -1, index: index, generation: 0, peer: "a simulated client",
-            exports: PoolExports(pool: pool, isReadOnly: false), buffers: buffers, tick: 0,
+            exports: PoolExports(pool: pool, isReadOnly: isReadOnly), buffers: buffers, tick: 0,
             handshakeDeadline: .max)
         places[index] = Place(connection: connection, wire: wire)
-        connection.begin(engine)
+        connection.begin(self)
     }
 
     func complete(_ tag: UInt64, _ result: Int32) { engine.complete(tag: tag, result: result) }
@@ -84,14 +100,17 @@ final class SimulatedReactor {
         place.receiving = nil
         place.connection.isReceiving = false
         let wire = place.wire
-        if wire.isClosedByServer { return place.connection.received(0, engine) }
-        if wire.isReset { return place.connection.received(-ECONNRESET, engine) }
+        // What had arrived before the server shut its end down is still received.
+        if wire.isClosedByServer && wire.toServer.isEmpty {
+            return place.connection.received(0, self)
+        }
+        if wire.isReset { return place.connection.received(-ECONNRESET, self) }
         let count = min(limit, wire.toServer.count, space.count)
         wire.toServer.withUnsafeBytes {
             space.copyMemory(from: UnsafeRawBufferPointer(rebasing: $0[..<count]))
         }
         wire.toServer.removeFirst(count)
-        place.connection.received(Int32(count), engine)
+        place.connection.received(Int32(count), self)
     }
 
     /// `limit` bytes at most of the message under way are taken.
@@ -101,7 +120,7 @@ final class SimulatedReactor {
         place.connection.isSending = false
         let wire = place.wire
         if wire.isClosedByClient || wire.isClosedByServer {
-            return place.connection.sent(-EPIPE, engine)
+            return place.connection.sent(-EPIPE, self)
         }
         var left = limit
         for index in 0..<Int(message.pointee.msg_iovlen) where left > 0 {
@@ -111,7 +130,7 @@ final class SimulatedReactor {
                 contentsOf: UnsafeRawBufferPointer(start: vector.iov_base, count: count))
             left -= count
         }
-        place.connection.sent(Int32(limit - left), engine)
+        place.connection.sent(Int32(limit - left), self)
     }
 
     /// Bytes of the message that a place is sending.
@@ -128,6 +147,7 @@ final class SimulatedReactor {
         let connection = place.connection
         if connection.isDrained { connection.breakOff(nil) }
         if connection.phase == .closed {
+            if !place.wire.isClosedByServer, place.receiving != nil { place.patience = 30 }
             place.wire.isClosedByServer = true
             if connection.isGone {
                 if let volume = connection.volume { pool.close(volume) }
@@ -151,4 +171,11 @@ final class SimulatedReactor {
     }
 
     func close() { engine.close() }
+}
+
+extension SimulatedReactor: RequestSink {
+    func submit(_ request: VolumeRequest) {
+        if request.operation == .write { submitted[request.cookie] = request }
+        engine.submit(request)
+    }
 }

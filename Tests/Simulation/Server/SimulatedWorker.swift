@@ -10,18 +10,32 @@ final class SimulatedWorker {
     private var results: [Int32] = []
     /// The last step was not "wait".
     private(set) var isBusy = false
+    /// The next superblock takes long.
+    var delaysSuperblock = false
+    var isWritingSuperblock: Bool {
+        if case .writeSuperblock? = waiting.first?.io { return true }
+        return false
+    }
+    /// How often its I/O is still passed over.
+    private var patience = 0
 
     var hasIO: Bool { !waiting.isEmpty }
 
     func reset() {
         waiting = []
         results = []
+        patience = 0
+        delaysSuperblock = false
         isBusy = true
     }
 
     func step(_ world: World) {
         let pool = world.pool!
         if !waiting.isEmpty {
+            if patience > 0 {
+                patience -= 1
+                return
+            }
             let (index, io) = waiting.remove(at: world.random.below(waiting.count))
             results[index] = perform(io, world)
             isBusy = true
@@ -32,6 +46,13 @@ final class SimulatedWorker {
         case .io(let io):
             waiting = io.enumerated().map { ($0, $1) }
             results = Array(repeating: 0, count: io.count)
+            if world.random.below(world.options.slowOneIn) == 0 {
+                patience = world.random.below(30)
+            }
+            if delaysSuperblock, isWritingSuperblock {
+                delaysSuperblock = false
+                patience = 60
+            }
             isBusy = true
         case .again:
             isBusy = true
@@ -62,6 +83,19 @@ final class SimulatedWorker {
             }
             return 0
         } catch { return error.code }
+    }
+
+    /// All of a transaction at once, as another program would write it.
+    func commit(_ transaction: FrozenTransaction, to disk: SimulatedDisk) throws {
+        for index in 0..<transaction.blocks {
+            try write(disk) { transaction.copyBlock(index, to: $0) }
+        }
+        try disk.flush()
+        try write(disk) {
+            transaction.copySuperblock(to: $0)
+            return MetadataBlock(0)
+        }
+        try disk.flush()
     }
 
     private func write(
