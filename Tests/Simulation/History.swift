@@ -14,14 +14,16 @@ public struct History {
 
     /// Runs it and looks at what is left.
     ///
-    /// - Parameter inspect: gets the metadata device's bytes at the end, for outside checkers.
+    /// - Parameter inspect: gets the metadata device's bytes after the first crash and at the end,
+    ///   for outside checkers.
     public func run(
         meter: IOMeter = IOMeter(), log: ((String) -> Void)? = nil,
-        inspect: ([UInt8]) throws -> Void = { _ in }
+        inspect: @escaping ([UInt8]) throws -> Void = { _ in }
     ) throws -> WorldCounts {
         let world = try World(
             options: options, random: SeededRandom(seed: seed &* 31 &+ 7), meter: meter)
         world.log = log
+        world.inspect = inspect
         do { try world.run() } catch {
             // It ended in the middle of things, which its parts would rather not.
             _ = Unmanaged.passRetained(world)

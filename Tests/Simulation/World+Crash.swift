@@ -129,6 +129,10 @@ extension World {
         isReadOnly = false
         repeat {
             try checkMetadata()
+            if let inspect {
+                self.inspect = nil
+                try inspect(metadataDisk.bytes)
+            }
             var readOnly = PoolOptions()
             readOnly.readOnly = true
             let probe = try Pool(metadata: metadataDisk, data: dataDisk, options: readOnly)

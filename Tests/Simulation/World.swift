@@ -63,6 +63,8 @@ public final class World {
 
     /// Called after every step.
     var probe: ((World) throws -> Void)?
+    /// Looks at the metadata that the first crash has left.
+    var inspect: (([UInt8]) throws -> Void)?
     /// What happens, in words: to follow a failure.
     public var log: ((String) -> Void)?
     func note(_ words: @autoclosure () -> String) {
