@@ -38,7 +38,7 @@ extension World {
         let commits = !random.oneIn(3)
         if commits { send(.flush, 0..<0, reader) }
         try goOn(60)
-        if random.oneIn(3) {
+        if random.oneIn(2) {
             // The table forgets what it allows while a write that it has allowed is under way.
             send(.write, 0..<1, writer)
             try goOn(20)

@@ -26,7 +26,8 @@ public final class World {
     /// The pool's monotonic clock, nanoseconds.
     var clock: UInt64 = 1_000_000_000
     private var nextValue: UInt64 = 1
-    private var nextName = 1
+    /// Names sort by age.
+    private var nextName = 1000
 
     var pool: Pool!
     var reactors: [SimulatedReactor] = []
@@ -138,7 +139,7 @@ public final class World {
     private func act() throws {
         if failedAt != nil, random.oneIn(4) { return try recover() }
         if options.churns, random.oneIn(5) { return churn() }
-        if options.drills, random.oneIn(16) { return try drill() }
+        if options.drills, random.oneIn(12) { return try drill() }
         switch random.below(100) {
         case 0..<6 where models.count < options.volumes:
             ask(.create(name: name(), size: randomSize()))
@@ -162,6 +163,9 @@ public final class World {
             strike(metadataDisk)
         case 29..<31:
             heal()
+        case 49 where options.dataFaults && failedAt == nil:
+            worker.failsCatalogue = true
+            ask(.create(name: name(), size: randomSize()))
         case 50..<52 where options.flushFaults && failedAt == nil:
             try failFlush()
         case 31 where options.rot && !models.isEmpty:
@@ -176,14 +180,17 @@ public final class World {
             try connectOrLeave()
         case 42..<44 where options.wrongRequests:
             misbehave()
-        case 52 where options.wrongRequests:
+        case 48 where options.wrongRequests:
             askWrongly()
+        case 52 where options.scarceMetadata && models.count < 12:
+            // They stay: from now on there is hardly any metadata left.
+            for _ in 0..<40 { ask(.create(name: name(), size: 512)) }
         case 53..<56 where !strangers.isEmpty:
             ask(.adopt(id: strangers.min()!, name: name(), size: randomSize()))
         case 44 where options.readOnlyTimes:
             try beReadOnly()
         case 45 where options.floods && !hasFlooded:
-            flood()
+            try flood()
         case 46 where options.fills && random.oneIn(2):
             try checkSpace()
         default:
@@ -242,21 +249,33 @@ public final class World {
         }
     }
 
-    func connect(_ client: SimulatedClient) {
+    func connect(_ client: SimulatedClient, to reactor: Int? = nil) {
         clients.append(client)
-        arrivals.append((random.below(reactors.count), client.wire))
+        arrivals.append((reactor ?? random.below(reactors.count), client.wire))
     }
 
     /// A client's connection breaks, with all that is under way on it.
     func dropClient() throws {
         guard !clients.isEmpty else { return }
         let client = clients[random.below(clients.count)]
+        var isMidway = false
         if client.state == .ready, !client.isLeaving, random.oneIn(2) {
             // In the middle of a long write, and with a reply on its way.
             let block = 0..<min(sectorsPerBlock, client.model.sectors)
-            if let read = request(.read, client.model, 0..<1) { submit(read, by: client) }
+            if let read = request(.read, client.model, block) { submit(read, by: client) }
             if let write = request(.write, client.model, block) { submit(write, by: client) }
-            for _ in 0..<random.below(12) { try progress() }
+            for _ in 0..<60 where clients.contains(where: { $0 === client }) {
+                try progress()
+                let missing = client.wire.toServer.count
+                if let place = place(of: client.wire), place.sending != nil,
+                    place.receiving != nil, missing > 20_000, missing < block.count * 512
+                {
+                    // The kernel has not yet received the rest.
+                    place.patience = 20
+                    isMidway = true
+                    break
+                }
+            }
             guard clients.contains(where: { $0 === client }) else { return }
             // Others have use for the memory.
             for other in clients
@@ -270,7 +289,7 @@ public final class World {
         }
         clients.removeAll { $0 === client }
         client.wire.isClosedByClient = true
-        client.wire.isReset = random.oneIn(2)
+        client.wire.isReset = !isMidway && random.oneIn(2)
         broken.append(client)
     }
 
@@ -355,11 +374,18 @@ public final class World {
     }
 
     /// More than the server takes from a client, or from all of them, at once.
-    private func flood() {
+    private func flood() throws {
+        let isLong = random.oneIn(2)
+        if isLong {
+            // Many of one reactor and of the longest volume.
+            let sorted = models.values.sorted { ($0.sectors, $0.name) < ($1.sectors, $1.name) }
+            guard let longest = sorted.last, !longest.isGoing else { return }
+            for _ in 0..<4 { connect(SimulatedClient(model: longest), to: 0) }
+            for _ in 0..<200 { try progress() }
+        }
         let ready = clients.filter { $0.state == .ready && !$0.isLeaving && !$0.hasOffended }
         guard !ready.isEmpty else { return }
         hasFlooded = true
-        let isLong = random.oneIn(2)
         for client in ready {
             let count = isLong ? 24 : 300
             let end = isLong ? client.model.sectors : 1
@@ -462,9 +488,12 @@ public final class World {
     }
 
     /// The engine has done a write in a turn that began when the pool had failed. So whatever it
-    /// had to map was not mapped.
+    /// had to map was not mapped. (A durable one may have been mapped and committed long before, and
+    /// be told only now.)
     private func checkAfterFailure(_ request: VolumeRequest) {
-        guard let model = models[request.volume.name], request.length > 0 else { return }
+        guard let model = models[request.volume.name], request.length > 0, !request.fua else {
+            return
+        }
         let first = Int(request.offset / 512)
         let touched = blocks(of: first..<first + Int(request.length / 512))
         let value = request.buffer!.load(as: UInt64.self)

@@ -44,6 +44,8 @@ public struct WorldOptions {
     public var floods = false
     /// The pool is served read-only for a while.
     public var readOnlyTimes = false
+    /// Many small volumes take nearly all metadata.
+    public var scarceMetadata = false
     /// Now and then the pool at rest is filled to the brim, and emptied again.
     public var fills = false
 
@@ -87,6 +89,7 @@ public struct WorldOptions {
         drops = random.oneIn(2)
         dataFaults = random.oneIn(4)
         metadataFaults = random.oneIn(4)
+        scarceMetadata = metadataBlocks <= 96 && random.oneIn(3)
         strangers = random.oneIn(4)
         flushFaults = random.oneIn(4)
         rot = random.oneIn(6)

@@ -10,6 +10,8 @@ final class SimulatedWorker {
     private var results: [Int32] = []
     /// The last step was not "wait".
     private(set) var isBusy = false
+    /// The next write of a catalogue fails, and does nothing.
+    var failsCatalogue = false
     /// The next superblock takes long.
     var delaysSuperblock = false
     var isWritingSuperblock: Bool {
@@ -26,6 +28,7 @@ final class SimulatedWorker {
         results = []
         patience = 0
         delaysSuperblock = false
+        failsCatalogue = false
         isBusy = true
     }
 
@@ -76,6 +79,10 @@ final class SimulatedWorker {
                 world.metadataDisk.makeDurable(at: 0, length: Layout.blockSize)
                 world.counts.commits += 1
                 world.note("a commit")
+            case .writeData where failsCatalogue:
+                failsCatalogue = false
+                world.meter.struck += 1
+                return EIO
             case .writeData(let offset, let bytes):
                 try world.dataDisk.write(at: offset, from: bytes)
             case .discardData(let offset, let length):
