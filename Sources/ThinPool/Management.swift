@@ -229,7 +229,8 @@ extension Pool {
         let count = UInt64(prepared.blocks.count)
         if catalogueBlocks > count {
             _ = try metadata.remove(
-                CatalogueLayout.device, count..<catalogueBlocks, limit: Int.max) { _, _ in }
+                CatalogueLayout.device, count..<catalogueBlocks, limit: Int.max
+            ) { _, _ in }
         }
         catalogueBlocks = count
     }
