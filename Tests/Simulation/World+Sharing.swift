@@ -60,8 +60,10 @@ extension World {
     /// Flushes and superblocks that fail beside others, with as much as possible at stake: what was
     /// written in place, and what was not.
     func failFlush() throws {
-        for _ in clients.count..<max(3, clients.count) {
-            if let model = randomModel(), !model.isGoing { connect(SimulatedClient(model: model)) }
+        for number in clients.count..<max(4, clients.count) {
+            if let model = randomModel(), !model.isGoing {
+                connect(SimulatedClient(model: model), to: number % reactors.count)
+            }
         }
         try goOn(40)
         let all = clients.filter { $0.state == .ready }
@@ -72,9 +74,25 @@ extension World {
         for client in all { send(.write, randomPlace(client.model), client) }
         try answer(all)
         guard failedAt == nil else { return }
-        switch random.below(3) {
+        switch random.below(4) {
         case 0:
-            // A flush has failed, and that is long not told: meanwhile no other counts either.
+            // A flush has been done, and that is long not told: it covers nothing that comes now.
+            for reactor in reactors { reactor.io.tellsFlushLate = true }
+            send(.flush, 0..<0, one)
+            try goOn(10)
+            for reactor in reactors { reactor.io.tellsFlushLate = false }
+            for client in all { send(.write, 0..<1, client) }
+            try answer(all.filter { $0 !== one }, most: 100)
+            for client in all { send(.flush, 0..<0, client) }
+            try answer(all)
+            if options.powerCuts { return try crash(keepingCaches: false) }
+        case 1:
+            // A flush has failed, and that is long not told: meanwhile no other counts either, nor
+            // one that belongs to a commit.
+            for command in [Command.trim, .write] where random.oneIn(2) {
+                for client in all.dropFirst() { send(command, lastBlock(client.model), client) }
+                try answer(all)
+            }
             for reactor in reactors { reactor.io.tellsFlushLate = true }
             dataDisk.faults.append(Fault([.flush]))
             let struck = dataDisk.struck
@@ -83,7 +101,7 @@ extension World {
             for reactor in reactors { reactor.io.tellsFlushLate = false }
             for client in all.dropFirst() { send(.flush, 0..<0, client) }
             try goOn(40)
-        case 1:
+        case 2:
             // The superblock is on its way, and another flush is asked for, which may fail.
             worker.delaysSuperblock = true
             let last = one.model.sectors - 1
@@ -110,6 +128,51 @@ extension World {
         if options.kills || options.powerCuts { try crash(keepingCaches: options.kills) }
     }
 
+    /// The power goes right after something was promised that needed no commit.
+    func cutAfterPromise() throws {
+        guard failedAt == nil, !isReadOnly, let model = randomModel(), !model.isGoing,
+            let client = try drillClient(model)
+        else { return }
+        let block = 0..<min(sectorsPerBlock, model.sectors)
+        send(.write, block, client)
+        send(.flush, 0..<0, client)
+        try answer([client])
+        let part = randomPlace(model).lowerBound % block.count
+        send(random.oneIn(2) ? .writeZeroes : .write, part..<part + 1, client, .fua)
+        try answer([client])
+        try crash(keepingCaches: false)
+    }
+
+    /// The server is killed while it writes a superblock, and the power goes when its successor
+    /// writes metadata.
+    func killAtSuperblock() throws {
+        guard failedAt == nil, !isReadOnly, let model = randomModel(), !model.isGoing,
+            let client = try drillClient(model)
+        else { return }
+        for command in [Command.trim, .write] {
+            send(command, 0..<model.sectors, client)
+            send(.flush, 0..<0, client)
+            if command == .trim { try answer([client]) }
+        }
+        worker.delaysSuperblock = true
+        for _ in 0..<200 where !worker.isWritingSuperblock { try progress() }
+        worker.delaysSuperblock = false
+        guard worker.isWritingSuperblock, failedAt == nil else { return }
+        try crash(keepingCaches: true)
+        guard failedAt == nil, let model = randomModel(), !model.isGoing,
+            let client = try drillClient(model)
+        else { return }
+        send(.write, 0..<model.sectors, client)
+        send(.flush, 0..<0, client)
+        for _ in 0..<200 where !worker.hasIO { try progress() }
+        for _ in 0..<random.below(20) { try progress() }
+        try crash(keepingCaches: false)
+    }
+
+    private func lastBlock(_ model: VolumeModel) -> Range<Int> {
+        (model.sectors - 1) / sectorsPerBlock * sectorsPerBlock..<model.sectors
+    }
+
     private func randomPlace(_ model: VolumeModel) -> Range<Int> {
         let sector = random.oneIn(2) ? 0 : random.below(model.sectors)
         return sector..<sector + 1
@@ -122,10 +185,13 @@ extension World {
         }
     }
 
-    private func send(_ command: Command, _ sectors: Range<Int>, _ client: SimulatedClient) {
+    private func send(
+        _ command: Command, _ sectors: Range<Int>, _ client: SimulatedClient,
+        _ flags: CommandFlags = []
+    ) {
         guard client.state == .ready, !client.isLeaving, !client.hasOffended,
             clients.contains(where: { $0 === client }),
-            let request = request(command, client.model, sectors)
+            let request = request(command, client.model, sectors, flags)
         else { return }
         submit(request, by: client)
     }

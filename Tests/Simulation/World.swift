@@ -163,6 +163,10 @@ public final class World {
             strike(metadataDisk)
         case 29..<31:
             heal()
+        case 47 where options.cutsAtPromises:
+            try cutAfterPromise()
+        case 47 where options.kills && options.powerCuts:
+            try killAtSuperblock()
         case 49 where options.dataFaults && failedAt == nil:
             worker.failsCatalogue = true
             ask(.create(name: name(), size: randomSize()))

@@ -91,7 +91,7 @@ public struct WorldOptions {
         metadataFaults = random.oneIn(4)
         scarceMetadata = metadataBlocks <= 96 && random.oneIn(3)
         strangers = random.oneIn(4)
-        flushFaults = random.oneIn(4)
+        flushFaults = random.oneIn(2)
         rot = random.oneIn(6)
         lostWrites = random.oneIn(12)
         volumes = 1 + random.below(6)
@@ -104,7 +104,7 @@ public struct WorldOptions {
         wrongRequests = random.oneIn(3)
         floods = random.oneIn(40)
         readOnlyTimes = random.oneIn(4)
-        fills = random.oneIn(3)
+        fills = dataFaults || random.oneIn(3)
         cutsAtPromises = powerCuts && random.oneIn(3)
     }
 }
