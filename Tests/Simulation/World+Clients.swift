@@ -307,6 +307,8 @@ extension World {
         let request = reply.request
         let model = client.model
         note("\(model.name) \(request.command)@\(request.begun) answered \(reply.error)")
+        // Anything may be read from a damaged disk.
+        if isDamaged { return }
         if let wrong = request.wrong {
             guard reply.error == wrong.error.rawValue else {
                 throw WorldFailure(

@@ -262,9 +262,8 @@ extension World {
         if metadataDisk.isToLose {
             metadataDisk.losesNextWrite = false
             metadataDisk.misdirectsNextWrite = nil
-        } else {
+        } else if metadataDisk.hasLostWrite {
             counts.lostWrites += 1
-            isDamaged = true
             try examineDamage()
         }
     }

@@ -170,6 +170,8 @@ public final class World {
         case 49 where options.dataFaults && failedAt == nil:
             worker.failsCatalogue = true
             ask(.create(name: name(), size: randomSize()))
+            // The next change would write all of it anew.
+            if random.oneIn(2) { try reopen() }
         case 50..<52 where options.flushFaults && failedAt == nil:
             try failFlush()
         case 31 where options.rot && !models.isEmpty:
@@ -291,7 +293,9 @@ public final class World {
             }
         }
         if let wrong { throw wrong }
-        if meter.cutIsDue || isCutDue {
+        if metadataDisk.hasLostWrite { isDamaged = true }
+        // What a damaged disk shows after a cut says nothing.
+        if meter.cutIsDue || isCutDue, !isDamaged {
             meter.cutIsDone()
             isCutDue = false
             try crash(keepingCaches: false)

@@ -31,6 +31,7 @@ public final class SimulatedDisk: BlockDevice {
     var losesNextWrite = false
     /// The next such write lands here instead. Bytes.
     var misdirectsNextWrite: UInt64?
+    private(set) var hasLostWrite = false
     var isToLose: Bool { losesNextWrite || misdirectsNextWrite != nil }
     /// Called before every read: a walker's chance to let others go on.
     public var onRead: (() -> Void)?
@@ -112,10 +113,12 @@ public final class SimulatedDisk: BlockDevice {
         if offset > 0 {
             if losesNextWrite {
                 losesNextWrite = false
+                hasLostWrite = true
                 return
             }
             if let other = misdirectsNextWrite {
                 misdirectsNextWrite = nil
+                hasLostWrite = true
                 offset = other
             }
         }
