@@ -28,7 +28,7 @@ package final class Connection {
     package var isSending = false
     /// In the reactor's list of connections to look after at the end of the turn.
     var isMarked = false
-    package var isShutDown = false
+    var isShutDown = false
     var isAnnounced = false
     var hasWarned = false
     /// Bytes received and sent, and how many there were when the reactor last began to watch.
@@ -52,13 +52,13 @@ package final class Connection {
 
     package private(set) var transmission: Transmission?
     /// The export's name, once there is one.
-    package private(set) var exportName: String?
+    private(set) var exportName: String?
     /// The export that it has chosen is busy; `resume` asks again.
     package private(set) var isWaiting = false
     /// Nobody else opens the volume until the requests have ended that are still under way.
     private var hasFence = false
     /// What went wrong, in words, if anything did.
-    package private(set) var problem: String?
+    private(set) var problem: String?
 
     /// Enough for any option that a client sends; longer ones arrive in pieces.
     private static let greetingCapacity = 4096

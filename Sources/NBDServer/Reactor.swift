@@ -40,8 +40,8 @@ final class Reactor {
     private var freeIndices: [Int]
     private var generation: UInt32 = 0
     private var connectionCount = 0
-    /// Connections whose export was busy in the last turn.
-    private var waitingForExport = 0
+    /// Some connection's export was busy when it asked for it.
+    private var hasWaiting = false
     /// Those to look after at the end of the turn.
     private let marked: UnsafeMutablePointer<Int>
     private var markedCount = 0
@@ -158,7 +158,7 @@ final class Reactor {
         engine.beginTurn()
         for index in 0..<completionCount { act(on: completions[index]) }
         serveWaiters()
-        if waitingForExport > 0 { retryWaiting() }
+        if hasWaiting { retryWaiting() }
         engine.endTurn()
         var hasUnfenced = false
         engine.takeFinished { cookie, error in
@@ -261,7 +261,7 @@ final class Reactor {
 
     /// Handshakes whose export was busy ask again. Whoever makes an export free wakes all reactors.
     private func retryWaiting() {
-        waitingForExport = 0
+        hasWaiting = false
         for index in 0..<shared.configuration.maxConnections {
             guard let connection = connections[index], connection.isWaiting else { continue }
             connection.resume(engine)
@@ -307,7 +307,7 @@ final class Reactor {
             if connection.isGone { remove(connection) }
             return
         }
-        if connection.isWaiting { waitingForExport += 1 }
+        if connection.isWaiting { hasWaiting = true }
         if !connection.isSending, let message = connection.nextMessage() {
             connection.isSending = true
             let tag = Tag(.send, index: connection.index, generation: connection.generation)

@@ -110,7 +110,7 @@ extension World {
     }
 
     func send() throws {
-        let ready = clients.filter { $0.state == .ready && !$0.isLeaving && !$0.hasOffended }
+        let ready = clients.filter(\.isReady)
         guard !ready.isEmpty else {
             if clients.isEmpty, let model = randomModel(), !model.isGoing {
                 connect(SimulatedClient(model: model))
@@ -133,7 +133,7 @@ extension World {
             arrivals.append((random.below(reactors.count), wire))
             return
         }
-        let ready = clients.filter { $0.state == .ready && !$0.isLeaving && !$0.hasOffended }
+        let ready = clients.filter(\.isReady)
         guard !ready.isEmpty, !isReadOnly else { return }
         let client = ready[random.below(ready.count)]
         if random.oneIn(12) { return client.offend() }
@@ -156,7 +156,7 @@ extension World {
             for _ in 0..<4 { connect(SimulatedClient(model: longest), to: 0) }
             for _ in 0..<200 { try progress() }
         }
-        let ready = clients.filter { $0.state == .ready && !$0.isLeaving && !$0.hasOffended }
+        let ready = clients.filter(\.isReady)
         guard !ready.isEmpty else { return }
         hasFlooded = true
         for client in ready {

@@ -133,9 +133,7 @@ extension World {
                 self.inspect = nil
                 try inspect(metadataDisk.bytes)
             }
-            var readOnly = PoolOptions()
-            readOnly.readOnly = true
-            let probe = try Pool(metadata: metadataDisk, data: dataDisk, options: readOnly)
+            let probe = try Pool(metadata: metadataDisk, data: dataDisk, options: .forReading)
             if probe.status().needsCheck {
                 try checkUnchecked()
                 // The check has found nothing: its owner clears the mark.
@@ -220,10 +218,8 @@ extension World {
                 bytes[($0 * blockSize)..<($0 * blockSize + 8)].elementsEqual(magic)
             }
         }
-        var readOnly = PoolOptions()
-        readOnly.readOnly = true
         func names(_ disk: SimulatedDisk) throws -> [VolumeInfo] {
-            try Pool(metadata: metadataDisk.copy(), data: disk, options: readOnly).volumeList()
+            try Pool(metadata: metadataDisk.copy(), data: disk, options: .forReading).volumeList()
         }
         guard let right = try? names(dataDisk.copy()) else { return }
         for place in places {

@@ -189,8 +189,7 @@ extension World {
         _ command: Command, _ sectors: Range<Int>, _ client: SimulatedClient,
         _ flags: CommandFlags = []
     ) {
-        guard client.state == .ready, !client.isLeaving, !client.hasOffended,
-            clients.contains(where: { $0 === client }),
+        guard client.isReady, clients.contains(where: { $0 === client }),
             let request = request(command, client.model, sectors, flags)
         else { return }
         submit(request, by: client)

@@ -241,10 +241,8 @@ extension World {
         let metadata = metadataDisk.copy()
         // Not even a power cut undoes it.
         metadata.cutPower { _ in false }
-        var readOnly = PoolOptions()
-        readOnly.readOnly = true
         let data = dataDisk.copy()
-        let reopened = try Pool(metadata: metadata, data: data, options: readOnly)
+        let reopened = try Pool(metadata: metadata, data: data, options: .forReading)
         guard reopened.status().needsCheck else {
             throw WorldFailure(description: "a pool that has failed is not marked as such")
         }

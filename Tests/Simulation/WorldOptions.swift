@@ -109,6 +109,15 @@ public struct WorldOptions {
     }
 }
 
+extension PoolOptions {
+    /// To look at a pool, and to leave it as it is.
+    static var forReading: PoolOptions {
+        var options = PoolOptions()
+        options.readOnly = true
+        return options
+    }
+}
+
 extension PoolBounds {
     /// Half of the time the server's own bounds, else such that the code beyond them is reached.
     init(drawnFrom random: inout SeededRandom) {

@@ -85,6 +85,8 @@ final class SimulatedClient {
     var patience = 0
     /// It has said that it leaves.
     private(set) var isLeaving = false
+    /// It can send requests that will be answered.
+    var isReady: Bool { state == .ready && !isLeaving && !hasOffended }
     /// It has sent what is no request: the server hangs up.
     private(set) var hasOffended = false
 

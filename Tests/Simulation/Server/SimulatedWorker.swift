@@ -72,10 +72,7 @@ final class SimulatedWorker {
             case .writeMetadata(let transaction, let index):
                 try write(world.metadataDisk) { transaction.copyBlock(index, to: $0) }
             case .writeSuperblock(let transaction):
-                try write(world.metadataDisk) {
-                    transaction.copySuperblock(to: $0)
-                    return MetadataBlock(0)
-                }
+                try writeSuperblock(transaction, to: world.metadataDisk)
                 world.metadataDisk.makeDurable(at: 0, length: Layout.blockSize)
                 world.counts.commits += 1
                 world.note("a commit")
@@ -98,10 +95,7 @@ final class SimulatedWorker {
             try write(disk) { transaction.copyBlock(index, to: $0) }
         }
         try disk.flush()
-        try write(disk) {
-            transaction.copySuperblock(to: $0)
-            return MetadataBlock(0)
-        }
+        try writeSuperblock(transaction, to: disk)
         try disk.flush()
     }
 
@@ -117,6 +111,15 @@ final class SimulatedWorker {
             from: UnsafeRawBufferPointer(start: buffer, count: Layout.blockSize))
     }
 
+    private func writeSuperblock(
+        _ transaction: FrozenTransaction, to disk: SimulatedDisk
+    ) throws(DeviceError) {
+        try write(disk) {
+            transaction.copySuperblock(to: $0)
+            return MetadataBlock(0)
+        }
+    }
+
     /// The machine or the server ends: the writes of this step may reach the disk's cache, or not.
     func abandon(_ world: World) {
         for (_, io) in waiting where world.random.oneIn(2) {
@@ -125,10 +128,7 @@ final class SimulatedWorker {
                 break
             case .writeSuperblock(let transaction):
                 // In flight: old or new, but not promised.
-                try? write(world.metadataDisk) {
-                    transaction.copySuperblock(to: $0)
-                    return MetadataBlock(0)
-                }
+                try? writeSuperblock(transaction, to: world.metadataDisk)
             case .writeMetadata, .writeData, .discardData:
                 _ = perform(io, world)
             }
@@ -146,10 +146,7 @@ final class SimulatedWorker {
             case .writeMetadata(let transaction, let index):
                 try? write(metadata) { transaction.copyBlock(index, to: $0) }
             case .writeSuperblock(let transaction):
-                try? write(metadata) {
-                    transaction.copySuperblock(to: $0)
-                    return MetadataBlock(0)
-                }
+                try? writeSuperblock(transaction, to: metadata)
             case .writeData(let offset, let bytes):
                 try? data.write(at: offset, from: bytes)
             case .discardData(let offset, let length):
