@@ -39,6 +39,9 @@ public final class FileDevice: BlockDevice, Sendable {
     /// What direct I/O through `fileDescriptor` needs of the memory's address; 1 if not direct.
     public let memoryAlignment: Int
 
+    /// A file whose contents are in memory only (tmpfs).
+    public let isInMemory: Bool
+
     let descriptor: OwnedDescriptor
     /// The size when last asked for: spares a system call a transfer.
     let knownSize: Atomic<UInt64>
@@ -87,6 +90,7 @@ public final class FileDevice: BlockDevice, Sendable {
         self.isDirect = direct?.isOn ?? false
         self.directRefusal = direct?.refusal
         self.memoryAlignment = direct?.memoryAlignment ?? 1
+        self.isInMemory = !isBlockDevice && clinux_is_in_memory(descriptor.raw)
         self.knownSize = Atomic(size)
         self.descriptor = descriptor
     }

@@ -48,20 +48,7 @@ public final class PollQueue: IOQueue {
         tag: UInt64
     ) {
         outstanding += 1
-        let start = off_t(truncatingIfNeeded: offset)
-        var done = 0
-        while done < length {
-            let result = pread(fd, memory + done, length - done, start &+ off_t(done))
-            if result > 0 {
-                done += result
-            } else if result == 0 {
-                break
-            } else if errno != EINTR {
-                complete(tag, done > 0 ? Int32(clamping: done) : -errno)
-                return
-            }
-        }
-        complete(tag, Int32(clamping: done))
+        complete(tag, FileIO.read(fd, at: offset, into: memory, length: length))
     }
 
     public func write(
@@ -69,38 +56,18 @@ public final class PollQueue: IOQueue {
         tag: UInt64
     ) {
         outstanding += 1
-        let flag = durable && !lacksDurableWrite ? Int32(CLINUX_RWF_DSYNC) : 0
-        var (done, code) = writeAll(fd, offset, vectors, count, flag)
-        if flag != 0 && done == 0 && Self.isUnsupported(code) {
+        let isDurable = durable && !lacksDurableWrite
+        var result = FileIO.write(
+            fd, at: offset, vectors: vectors, count: count, durable: isDurable)
+        if isDurable && result < 0 && Self.isUnsupported(-result) {
             lacksDurableWrite = true
-            (done, code) = writeAll(fd, offset, vectors, count, 0)
+            result = FileIO.write(fd, at: offset, vectors: vectors, count: count)
         }
-        if durable && lacksDurableWrite && done > 0 && fdatasync(fd) != 0 {
-            complete(tag, -errno)
-        } else {
-            complete(tag, done > 0 ? Int32(clamping: done) : -code)
+        if durable && lacksDurableWrite && result > 0 {
+            let flushed = FileIO.flush(fd)
+            if flushed < 0 { result = flushed }
         }
-    }
-
-    /// In one call if the kernel takes everything, then vector by vector.
-    private func writeAll(
-        _ fd: Int32, _ offset: UInt64, _ vectors: UnsafePointer<iovec>, _ count: Int, _ flag: Int32
-    ) -> (done: Int, code: Int32) {
-        var done = clinux_write_vectors(fd, vectors, Int32(count), offset, flag)
-        if done < 0 { return (0, Int32(-done)) }
-        var before = 0
-        for index in 0..<count {
-            let end = before + vectors[index].iov_len
-            while done < end {
-                var rest = iovec(
-                    iov_base: vectors[index].iov_base + (done - before), iov_len: end - done)
-                let result = clinux_write_vectors(fd, &rest, 1, offset &+ UInt64(done), flag)
-                if result <= 0 { return (done, Int32(-result)) }
-                done += result
-            }
-            before = end
-        }
-        return (done, 0)
+        complete(tag, result)
     }
 
     private static func isUnsupported(_ code: Int32) -> Bool {
@@ -109,9 +76,7 @@ public final class PollQueue: IOQueue {
 
     public func flush(_ fd: Int32, tag: UInt64) {
         outstanding += 1
-        var result = fdatasync(fd)
-        while result != 0 && errno == EINTR { result = fdatasync(fd) }
-        complete(tag, result == 0 ? 0 : -errno)
+        complete(tag, FileIO.flush(fd))
     }
 
     public func allocate(_ fd: Int32, mode: Int32, at offset: UInt64, length: UInt64, tag: UInt64) {

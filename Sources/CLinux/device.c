@@ -6,11 +6,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 // MARK: - Files
@@ -49,6 +51,12 @@ int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
     *memory = answer.fields.direct_memory_align;
     *offset = answer.fields.direct_offset_align;
     return 0;
+}
+
+bool clinux_is_in_memory(int fd) {
+    struct statfs system;
+    if (fstatfs(fd, &system) != 0) return false;
+    return system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC;
 }
 
 int clinux_allocate(int fd, int mode, uint64_t offset, uint64_t length) {

@@ -66,6 +66,7 @@ public final class PoolServer {
         }
         var configuration = Server.Configuration(
             dataFileDescriptor: local.data.fileDescriptor)
+        configuration.dataIsInMemory = local.data.isInMemory
         configuration.unixPaths = options.unixPaths.map(Self.socketPath)
         configuration.tcpAddresses = options.tcpAddresses
         if options.unixPaths.isEmpty && options.tcpAddresses.isEmpty {

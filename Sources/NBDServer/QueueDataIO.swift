@@ -1,5 +1,8 @@
-// The data device as one reactor's engine sees it: every operation goes through the reactor's
-// queue. Zeroing is one call where the file system has it, else pieces of zeroes are written.
+// The data device as one reactor's engine sees it: operations go through the reactor's queue, but
+// for a file in memory, whose I/O is a copy that nobody need wait for: done at once, it costs no
+// completion (and the kernel's queue would give it to a thread of its own).
+//
+// Zeroing is one call where the file system has it, else pieces of zeroes are written.
 
 import BlockIO
 import Glibc
@@ -8,6 +11,7 @@ import ThinPool
 final class QueueDataIO: DataIO {
     private let queue: any IOQueue
     private let fd: Int32
+    private let isInMemory: Bool
 
     /// A zeroing that is done by writing: where it is, and what is left.
     private struct Zeroing {
@@ -31,9 +35,10 @@ final class QueueDataIO: DataIO {
     /// The file system said that it cannot zero a range; it is not asked again.
     private var lacksZeroRange = false
 
-    init(queue: any IOQueue, fd: Int32) {
+    init(queue: any IOQueue, fd: Int32, isInMemory: Bool) {
         self.queue = queue
         self.fd = fd
+        self.isInMemory = isInMemory
         zeroings = .allocate(capacity: Self.zeroingCount)
         for index in 0..<Self.zeroingCount {
             (zeroings + index).initialize(to: Zeroing(nextFree: Int32(index + 1)))
@@ -45,20 +50,29 @@ final class QueueDataIO: DataIO {
         zeroings.deallocate()
     }
 
-    func read(at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int, tag: UInt64) {
+    func read(
+        at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int, tag: UInt64
+    ) -> Int32? {
+        if isInMemory { return FileIO.read(fd, at: offset, into: memory, length: length) }
         queue.read(fd, at: offset, into: memory, length: length, tag: tag | Tag.engineBit)
+        return nil
     }
 
     func write(
         at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
-    ) {
+    ) -> Int32? {
+        // Nothing in memory survives a power cut, so nothing can be made to.
+        if isInMemory { return FileIO.write(fd, at: offset, vectors: vectors, count: count) }
         queue.write(
             fd, at: offset, vectors: vectors, count: count, durable: durable,
             tag: tag | Tag.engineBit)
+        return nil
     }
 
-    func flush(tag: UInt64) {
+    func flush(tag: UInt64) -> Int32? {
+        if isInMemory { return FileIO.flush(fd) }
         queue.flush(fd, tag: tag | Tag.engineBit)
+        return nil
     }
 
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {

@@ -96,7 +96,9 @@ final class Reactor {
                 "I/O by \(queue.name)\(fallbackReason.map { ": \($0)" } ?? "")",
                 metadata: ["reactors": "\(configuration.reactors)"])
         }
-        data = QueueDataIO(queue: queue, fd: configuration.dataFileDescriptor)
+        data = QueueDataIO(
+            queue: queue, fd: configuration.dataFileDescriptor,
+            isInMemory: configuration.dataIsInMemory)
         engine = VolumeIO(pool: shared.pool, io: data, wake: { mailbox.nudge() })
         buffers = BufferPool(
             capacity: max(

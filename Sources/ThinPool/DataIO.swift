@@ -2,15 +2,20 @@
 
 import Glibc
 
-/// The data device of one reactor. A call only queues; its completion comes back through
-/// `VolumeIO.complete(tag:result:)` with the bytes transferred, or -errno. Memory, vectors
-/// included, stays valid until then. Offsets and lengths are bytes, multiples of 512.
+/// The data device of one reactor. The result of an I/O is the bytes transferred, or -errno.
+///
+/// A call that can be done without waiting may do it and return the result; -EAGAIN is none then.
+/// Any other call only queues and returns nil; its result comes back through
+/// `VolumeIO.complete(tag:result:)`. Memory, vectors included, stays valid until then. Offsets and
+/// lengths are bytes, multiples of 512.
 public protocol DataIO: AnyObject {
-    func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64)
+    func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) -> Int32?
     /// `durable`: on stable storage when it completes (FUA).
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64)
-    func flush(tag: UInt64)
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+    ) -> Int32?
+    /// The result is 0.
+    func flush(tag: UInt64) -> Int32?
     /// The range reads as zeroes afterwards and stays allocated. Completes with 0.
     func zero(at offset: UInt64, length: UInt64, tag: UInt64)
 }

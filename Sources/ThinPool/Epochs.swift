@@ -75,12 +75,19 @@ final class Epochs: @unchecked Sendable {
 /// only delays what waits for it.
 struct EpochPins: ~Copyable {
     private static let capacity = 256
+
+    private struct State {
+        var head = 0
+        var used = 0
+    }
+    // Behind pointers, as in SlotTable.
+    private let state: UnsafeMutablePointer<State>
     private let epochs: UnsafeMutablePointer<UInt64>
     private let counts: UnsafeMutablePointer<UInt32>
-    private var head = 0
-    private var used = 0
 
     init() {
+        state = .allocate(capacity: 1)
+        state.initialize(to: State())
         epochs = .allocate(capacity: Self.capacity)
         counts = .allocate(capacity: Self.capacity)
         epochs.initialize(repeating: 0, count: Self.capacity)
@@ -88,35 +95,38 @@ struct EpochPins: ~Copyable {
     }
 
     deinit {
+        state.deallocate()
         epochs.deallocate()
         counts.deallocate()
     }
 
     /// The oldest epoch with I/O in flight, or `Epochs.idle`.
-    var oldest: UInt64 { used == 0 ? Epochs.idle : epochs[head] }
+    var oldest: UInt64 {
+        state.pointee.used == 0 ? Epochs.idle : epochs[state.pointee.head]
+    }
 
     /// Counts one I/O in `epoch`; give the result back to `leave`.
-    mutating func enter(_ epoch: UInt64) -> UInt16 {
-        if used > 0 {
-            let last = (head + used - 1) % Self.capacity
-            if epochs[last] == epoch || used == Self.capacity {
+    func enter(_ epoch: UInt64) -> UInt16 {
+        if state.pointee.used > 0 {
+            let last = (state.pointee.head + state.pointee.used - 1) % Self.capacity
+            if epochs[last] == epoch || state.pointee.used == Self.capacity {
                 counts[last] += 1
                 return UInt16(last)
             }
         }
-        let slot = (head + used) % Self.capacity
-        used += 1
+        let slot = (state.pointee.head + state.pointee.used) % Self.capacity
+        state.pointee.used += 1
         epochs[slot] = epoch
         counts[slot] = 1
         return UInt16(slot)
     }
 
-    mutating func leave(_ pin: UInt16) {
+    func leave(_ pin: UInt16) {
         precondition(counts[Int(pin)] > 0, "an I/O left twice: its block could be reused too early")
         counts[Int(pin)] -= 1
-        while used > 0, counts[head] == 0 {
-            head = (head + 1) % Self.capacity
-            used -= 1
+        while state.pointee.used > 0, counts[state.pointee.head] == 0 {
+            state.pointee.head = (state.pointee.head + 1) % Self.capacity
+            state.pointee.used -= 1
         }
     }
 }

@@ -27,30 +27,30 @@ public final class VolumeIO: @unchecked Sendable {
     let index: Int
     let reader: Int
 
-    var requests = SlotTable(Request())
-    var steps = SlotTable(Step())
+    let requests = SlotTable(Request())
+    let steps = SlotTable(Step())
     private var finished: [(cookie: UInt64, error: Int32)] = []
     public private(set) var inFlight = 0
 
-    private var pins = EpochPins()
+    private let pins = EpochPins()
     private var turnEpoch: UInt64 = 0
     private var inTurn = false
 
     /// Steps that need the lock; steps whose block is filled; steps that have I/O to issue.
-    var asking = IndexQueue()
+    let asking = IndexQueue()
     /// Unmaps that go on in the next turn, so that everybody else gets one in between.
-    var askingAgain = IndexQueue()
-    var filled = IndexQueue()
-    var ready = IndexQueue()
+    let askingAgain = IndexQueue()
+    let filled = IndexQueue()
+    let ready = IndexQueue()
     /// Requests that need a commit, and those that need a flush of the data device.
-    private var committing = IndexQueue()
-    private var flushNext = IndexQueue()
-    private var flushing = IndexQueue()
+    private let committing = IndexQueue()
+    private let flushNext = IndexQueue()
+    private let flushing = IndexQueue()
     private var flushTicket: FlushLedger.Ticket?
 
     private var bounces: [UnsafeMutableRawPointer] = []
     private var bouncesMade = 0
-    private var waitingForBounce = IndexQueue()
+    private let waitingForBounce = IndexQueue()
 
     /// What other threads have for this reactor. Under the pool's lock.
     enum Message {
@@ -136,7 +136,7 @@ public final class VolumeIO: @unchecked Sendable {
         if flushTicket == nil, !flushNext.isEmpty {
             while let request = flushNext.popFirst() { flushing.append(request) }
             flushTicket = pool.lock.withLock { pool.flushes.begin() }
-            io.flush(tag: Self.flushTag)
+            if let result = io.flush(tag: Self.flushTag) { completeFlush(result) }
         }
         inTurn = false
         if !askingAgain.isEmpty { wake() }
@@ -374,9 +374,10 @@ public final class VolumeIO: @unchecked Sendable {
     func issue(_ index: Int32) {
         let step = steps[index]
         let tag = UInt64(UInt32(bitPattern: index))
+        let result: Int32?
         switch step.pointee.phase {
         case .transfer where step.pointee.intent == .read, .copyRead:
-            io.read(
+            result = io.read(
                 at: step.pointee.position, into: step.pointee.vectors.0.iov_base!,
                 length: step.pointee.remaining, tag: tag)
         case .transfer, .copyWrite, .fill:
@@ -385,15 +386,17 @@ public final class VolumeIO: @unchecked Sendable {
             let vectors =
                 (UnsafeMutableRawPointer(step) + MemoryLayout<Step>.offset(of: \Step.vectors)!)
                 .assumingMemoryBound(to: iovec.self)
-            io.write(
+            result = io.write(
                 at: step.pointee.position, vectors: vectors,
                 count: Int(step.pointee.vectorCount), durable: fua, tag: tag)
         case .zeroes, .clear:
             io.zero(
                 at: step.pointee.position, length: UInt64(step.pointee.remaining), tag: tag)
+            result = nil
         case .asks, .filled:
             preconditionFailure("no I/O belongs to this phase")
         }
+        if let result { complete(tag: tag, result: result) }
     }
 
     public func complete(tag: UInt64, result: Int32) {
@@ -401,8 +404,9 @@ public final class VolumeIO: @unchecked Sendable {
         // EAGAIN and EINTR did nothing: the same again.
         let didNothing = result == -EAGAIN || result == -EINTR
         if tag == Self.flushTag {
-            if didNothing { return io.flush(tag: tag) }
-            return completeFlush(result)
+            guard didNothing else { return completeFlush(result) }
+            if let result = io.flush(tag: tag) { completeFlush(result) }
+            return
         }
         let index = Int32(truncatingIfNeeded: tag)
         let step = steps[index]

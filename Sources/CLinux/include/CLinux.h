@@ -32,6 +32,8 @@ int clinux_set_direct(int fd, bool direct);
 /// bytes, both 0 where direct I/O is not possible. -EOPNOTSUPP: the kernel (before 6.1) or the
 /// file system does not say.
 int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
+/// Whether the file's contents are in memory only (tmpfs, ramfs): reading and writing are copies.
+bool clinux_is_in_memory(int fd);
 /// fallocate, again where a signal interrupted it.
 int clinux_allocate(int fd, int mode, uint64_t offset, uint64_t length);
 /// pwritev2 of `count` struct iovec, again where a signal interrupted it: bytes.
