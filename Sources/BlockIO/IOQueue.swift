@@ -55,6 +55,10 @@ public protocol IOQueue: AnyObject {
     /// Result: -ETIME, not earlier than asked for; PollQueue up to a millisecond later.
     func timeout(nanoseconds: UInt64, tag: UInt64)
 
+    /// Looks for completions for at most so long, without sleeping. True if `run` would deliver
+    /// something, or something has happened that it has to look at. Submits nothing.
+    func lookOut(nanoseconds: UInt64) -> Bool
+
     /// Submits what was started, waits until there is a completion (if `wait`), and calls `body`
     /// with the tag and result (bytes or -errno) of everything that has completed. `body` may
     /// start operations, and may not call `run`. May return without a completion (a signal).

@@ -132,12 +132,11 @@ public final class PollQueue: IOQueue {
         repeat {
             switch operation.kind {
             case .receive:
-                result = Self.resultOf(
-                    recv(operation.fd, operation.memory, operation.length, Self.withoutWaiting))
+                result = SocketIO.receive(
+                    operation.fd, into: operation.memory!, length: operation.length)
             case .send:
                 let message = operation.memory!.assumingMemoryBound(to: msghdr.self)
-                result = Self.resultOf(
-                    sendmsg(operation.fd, message, Self.withoutWaiting | Self.withoutSignal))
+                result = SocketIO.send(operation.fd, message)
             case .accept:
                 result = acceptNow(operation.fd)
                 // A listening Unix socket that was shut down says EAGAIN to whoever does not wait,
@@ -148,13 +147,6 @@ public final class PollQueue: IOQueue {
             }
         } while result == -EINTR
         return result == -EAGAIN ? nil : result
-    }
-
-    private static let withoutWaiting = Int32(MSG_DONTWAIT)
-    private static let withoutSignal = Int32(MSG_NOSIGNAL)
-
-    private static func resultOf(_ returned: Int) -> Int32 {
-        returned < 0 ? -errno : Int32(clamping: returned)
     }
 
     /// Another reactor may take the connection between epoll's answer and this call, which must
@@ -241,6 +233,15 @@ public final class PollQueue: IOQueue {
     }
 
     // MARK: - Running
+
+    public func lookOut(nanoseconds: UInt64) -> Bool {
+        let deadline = Self.now() + nanoseconds
+        repeat {
+            var readable = pollfd(fd: epoll.raw, events: Int16(POLLIN), revents: 0)
+            if !completed.isEmpty || Glibc.poll(&readable, 1, 0) > 0 { return true }
+        } while Self.now() < deadline
+        return false
+    }
 
     public func run(wait: Bool, _ body: (UInt64, Int32) -> Void) throws(DeviceError) {
         assert(!wait || outstanding > 0, "waits for ever: nothing is outstanding")

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 
 struct clinux_ring {
     struct io_uring ring;
@@ -205,6 +206,36 @@ bool clinux_ring_wants_entry(const struct clinux_ring *ring) {
     return io_uring_sq_ready(&ring->ring) != 0
         || (IO_URING_READ_ONCE(*ring->ring.sq.kflags)
             & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+}
+
+static uint64_t monotonic_nanoseconds(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+// Leaves the execution units to the processor's other thread for a moment.
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+bool clinux_ring_look_out(const struct clinux_ring *ring, uint64_t nanoseconds) {
+    enum { LOOKS_PER_CLOCK = 16 };
+    uint64_t deadline = monotonic_nanoseconds() + nanoseconds;
+    do {
+        for (int look = 0; look < LOOKS_PER_CLOCK; look++) {
+            if (io_uring_cq_ready(&ring->ring) != 0) return true;
+            if (IO_URING_READ_ONCE(*ring->ring.sq.kflags)
+                & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
+                return true;
+            relax();
+        }
+    } while (monotonic_nanoseconds() < deadline);
+    return false;
 }
 
 unsigned clinux_ring_ready(const struct clinux_ring *ring) {

@@ -69,8 +69,8 @@ final class Reactor {
     /// Submission entries: a turn of a busy connection fits.
     private static let queueEntries = 1024
     /// How long to look for completions before going to sleep, where that has paid of late: about
-    /// what going to sleep and waking up costs.
-    private static let spinNanoseconds: UInt64 = 20_000
+    /// what going to sleep and waking up costs, for the reactor and then for the client.
+    private static let spinNanoseconds: UInt64 = 50_000
     /// Accepting pauses this long when there are no descriptors or no memory left.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     private static let longestTick: UInt64 = 1_000_000_000
@@ -179,11 +179,13 @@ final class Reactor {
         if buffers.nextServed != nil { return try poll(wait: false) }
         let waitsForDevice = engine.inFlight > 0
         if waitsForDevice ? deviceSpin.isGood : clientSpin.isGood {
-            let deadline = Self.now() + Self.spinNanoseconds
-            repeat {
+            // Submits what was started, too.
+            try poll(wait: false)
+            if completionCount > 0 { return }
+            if queue.lookOut(nanoseconds: Self.spinNanoseconds) {
                 try poll(wait: false)
                 if completionCount > 0 { return }
-            } while Self.now() < deadline
+            }
             if waitsForDevice { deviceSpin.failed() } else { clientSpin.failed() }
         }
         let start = Self.now()

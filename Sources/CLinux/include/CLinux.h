@@ -133,6 +133,10 @@ int clinux_ring_submit_and_collect(struct clinux_ring *ring);
 /// completions that it posts only when it is entered.
 bool clinux_ring_wants_entry(const struct clinux_ring *ring);
 
+/// Looks for completions for at most so long, without sleeping: true if there are any, or if
+/// entering the kernel would post some.
+bool clinux_ring_look_out(const struct clinux_ring *ring, uint64_t nanoseconds);
+
 /// Completions that can be taken now.
 unsigned clinux_ring_ready(const struct clinux_ring *ring);
 /// Puts the oldest completion into `tag` and `result` and removes it; false if there is none.
