@@ -47,6 +47,13 @@ public enum FileIO {
         return Int32(clamping: done)
     }
 
+    /// Whether the range of a regular file reads as zeroes because it was never written, or punched.
+    /// False where the file system does not say.
+    public static func isHole(_ fd: Int32, at offset: UInt64, length: UInt64) -> Bool {
+        let data = lseek(fd, off_t(offset), Int32(CLINUX_SEEK_DATA))
+        return data < 0 ? errno == ENXIO : UInt64(data) >= offset + length
+    }
+
     /// fdatasync: 0 or -errno.
     public static func flush(_ fd: Int32) -> Int32 {
         while fdatasync(fd) != 0 {

@@ -19,7 +19,8 @@
 
 _Static_assert(
     CLINUX_KEEP_SIZE == FALLOC_FL_KEEP_SIZE && CLINUX_PUNCH_HOLE == FALLOC_FL_PUNCH_HOLE
-        && CLINUX_ZERO_RANGE == FALLOC_FL_ZERO_RANGE && CLINUX_RWF_DSYNC == RWF_DSYNC,
+        && CLINUX_ZERO_RANGE == FALLOC_FL_ZERO_RANGE && CLINUX_RWF_DSYNC == RWF_DSYNC
+        && CLINUX_SEEK_DATA == SEEK_DATA,
     "constants that Swift sees");
 
 int clinux_set_direct(int fd, bool direct) {

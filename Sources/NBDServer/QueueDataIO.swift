@@ -12,7 +12,6 @@ final class QueueDataIO: DataIO {
     private let queue: any IOQueue
     private let fd: Int32
     private let isInMemory: Bool
-
     /// A zeroing that is done by writing: where it is, and what is left.
     private struct Zeroing {
         var engineTag: UInt64 = 0
@@ -73,6 +72,12 @@ final class QueueDataIO: DataIO {
         if isInMemory { return FileIO.flush(fd) }
         queue.flush(fd, tag: tag | Tag.engineBit)
         return nil
+    }
+
+    func isHole(at offset: UInt64, length: UInt64) -> Bool {
+        // On a disk whole blocks are worth their zeroes: the file stays in one piece, and later writes
+        // to the block find their space allocated.
+        isInMemory && FileIO.isHole(fd, at: offset, length: length)
     }
 
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {

@@ -16,6 +16,10 @@ public protocol DataIO: AnyObject {
     ) -> Int32?
     /// The result is 0.
     func flush(tag: UInt64) -> Int32?
+    /// Whether the range is known to read as zeroes, because nothing has been written there since the
+    /// device was made or the range was discarded. Asked for blocks that nobody uses, just before
+    /// they are filled. Does not wait for the device.
+    func isHole(at offset: UInt64, length: UInt64) -> Bool
     /// The range reads as zeroes afterwards and stays allocated. Completes with 0.
     func zero(at offset: UInt64, length: UInt64, tag: UInt64)
 }

@@ -55,6 +55,8 @@ struct Step: BitwiseCopyable {
     var hasFailed = false
     /// The old block's contents are needed around the user's bytes.
     var copies = false
+    /// Zeroes are to be written around the user's bytes, unless the block turns out to be a hole.
+    var mayBeHole = false
     var pin: UInt16 = 0
 
     var virtualBlock: UInt64 = 0

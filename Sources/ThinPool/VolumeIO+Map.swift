@@ -122,6 +122,7 @@ extension VolumeIO {
         let covers = step.pointee.length == Int(blockSize)
         step.pointee.copies = old != nil && !covers
         step.pointee.oldBlock = old?.block.rawValue ?? 0
+        step.pointee.mayBeHole = old == nil && !covers && step.pointee.intent == .write
         pin(step)
         firstFillPhase(step)
         start(index)
@@ -182,11 +183,7 @@ extension VolumeIO {
         let length = step.pointee.length
         let isSmall = Int(blockSize) <= pool.copyPiece
         if !isSmall || length == Int(blockSize) {
-            step.pointee.position = target + UInt64(start)
-            step.pointee.remaining = length
-            step.pointee.vectors.0 = iovec(iov_base: step.pointee.memory, iov_len: length)
-            step.pointee.vectorCount = 1
-            return
+            return setUserVector(step, target)
         }
         let around = step.pointee.copies ? step.pointee.bounce! : pool.zeroes
         let end = start + length
@@ -209,6 +206,29 @@ extension VolumeIO {
         step.pointee.vectorCount = count
         step.pointee.position = target
         step.pointee.remaining = Int(blockSize)
+    }
+
+    /// A block that is a hole needs no zeroes around the user's bytes. Not asked under the lock: the
+    /// answer takes a system call. True: the phase, which was to clear the block, is done.
+    func skipsZeroes(_ index: Int32) -> Bool {
+        let step = steps[index]
+        step.pointee.mayBeHole = false
+        let target = step.pointee.newBlock * blockSize
+        guard io.isHole(at: target, length: blockSize) else { return false }
+        if step.pointee.phase == .clear {
+            continueFill(index)
+            return true
+        }
+        setUserVector(step, target)
+        return false
+    }
+
+    private func setUserVector(_ step: UnsafeMutablePointer<Step>, _ target: UInt64) {
+        step.pointee.position = target + UInt64(step.pointee.start)
+        step.pointee.remaining = step.pointee.length
+        step.pointee.vectors.0 = iovec(
+            iov_base: step.pointee.memory, iov_len: step.pointee.length)
+        step.pointee.vectorCount = 1
     }
 
     /// The next phase after a completed one (or the same again, when a buffer has become free).

@@ -373,6 +373,7 @@ public final class VolumeIO: @unchecked Sendable {
     /// Starts, or goes on with, the I/O of a step's phase.
     func issue(_ index: Int32) {
         let step = steps[index]
+        if step.pointee.mayBeHole, skipsZeroes(index) { return }
         let tag = UInt64(UInt32(bitPattern: index))
         let result: Int32?
         switch step.pointee.phase {

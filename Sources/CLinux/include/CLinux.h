@@ -18,12 +18,13 @@ uint32_t clinux_crc32c(const void *bytes, size_t length);
 
 // MARK: - Files
 
-// fallocate modes (linux/falloc.h) and flags of a write (linux/fs.h).
+// fallocate modes (linux/falloc.h), flags of a write and origins of a seek (linux/fs.h).
 enum {
     CLINUX_KEEP_SIZE = 0x01,   // FALLOC_FL_KEEP_SIZE
     CLINUX_PUNCH_HOLE = 0x02,  // FALLOC_FL_PUNCH_HOLE
     CLINUX_ZERO_RANGE = 0x10,  // FALLOC_FL_ZERO_RANGE
     CLINUX_RWF_DSYNC = 0x02,   // RWF_DSYNC
+    CLINUX_SEEK_DATA = 3,      // SEEK_DATA
 };
 
 /// Turns O_DIRECT on or off.
