@@ -177,11 +177,22 @@ struct Listener: Sendable {
     // MARK: - Accepted connections
 
     /// Seconds without traffic before a TCP connection is probed, between probes, and their number.
+    /// Bytes of replies that the kernel takes before the client has read any: several of 128 KiB.
+    /// A quarter more 128 KiB reads a second than with Linux's 208 KiB.
+    private static let sendBuffer: Int32 = 512 << 10
     private static let keepAlive: (idle: Int32, interval: Int32, count: Int32) = (60, 10, 6)
 
     /// Sets what a connection needs. Failures are not serious: the connection works without.
     func prepare(_ socket: Int32) {
-        guard case .tcp = kind else { return }
+        guard case .tcp = kind else {
+            // TCP sizes its own. Beyond net.core.wmem_max, where we may.
+            var room = Self.sendBuffer
+            let length = socklen_t(MemoryLayout<Int32>.size)
+            if setsockopt(socket, SOL_SOCKET, SO_SNDBUFFORCE, &room, length) != 0 {
+                setsockopt(socket, SOL_SOCKET, SO_SNDBUF, &room, length)
+            }
+            return
+        }
         let tcp = Int32(IPPROTO_TCP)
         let settings: [(Int32, Int32, Int32)] = [
             (tcp, TCP_NODELAY, 1), (SOL_SOCKET, SO_KEEPALIVE, 1),
