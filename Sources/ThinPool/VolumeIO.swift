@@ -59,6 +59,8 @@ public final class VolumeIO: @unchecked Sendable {
     }
     var inbox: [Message] = []
     private let hasMail = Atomic<Bool>(false)
+    /// Messages come from this reactor's own turn, whose end will find them. Under the pool's lock.
+    private var postsToItself = false
 
     public init(pool: Pool, io: any DataIO, wake: @escaping @Sendable () -> Void) {
         self.pool = pool
@@ -131,12 +133,9 @@ public final class VolumeIO: @unchecked Sendable {
                 underLock()
             }
             while let step = ready.popFirst() { issue(step) }
-            if asking.isEmpty && filled.isEmpty && committing.isEmpty { break }
-        }
-        if flushTicket == nil, !flushNext.isEmpty {
-            while let request = flushNext.popFirst() { flushing.append(request) }
-            flushTicket = pool.lock.withLock { pool.flushes.begin() }
-            if let result = io.flush(tag: Self.flushTag) { completeFlush(result) }
+            guard asking.isEmpty && filled.isEmpty && committing.isEmpty else { continue }
+            startFlush()
+            if !hasMail.load(ordering: .acquiring) { break }
         }
         inTurn = false
         if !askingAgain.isEmpty { wake() }
@@ -148,6 +147,14 @@ public final class VolumeIO: @unchecked Sendable {
         }
     }
 
+    /// One flush at a time for all that wait for one: those that come meanwhile share the next.
+    private func startFlush() {
+        guard flushTicket == nil, !flushNext.isEmpty else { return }
+        while let request = flushNext.popFirst() { flushing.append(request) }
+        flushTicket = pool.lock.withLock { pool.flushes.begin() }
+        if let result = io.flush(tag: Self.flushTag) { completeFlush(result) }
+    }
+
     public func takeFinished(_ body: (_ cookie: UInt64, _ error: Int32) -> Void) {
         for entry in finished { body(entry.cookie, entry.error) }
         finished.removeAll(keepingCapacity: true)
@@ -155,6 +162,7 @@ public final class VolumeIO: @unchecked Sendable {
 
     private func underLock() {
         pool.lock.lock()
+        postsToItself = true
         hasMail.store(false, ordering: .relaxed)
         if !inbox.isEmpty {
             for message in inbox {
@@ -172,13 +180,14 @@ public final class VolumeIO: @unchecked Sendable {
         while let step = asking.popFirst() { resolve(step) }
         while let request = committing.popFirst() { joinCommit(request) }
         pool.endOperation()
+        postsToItself = false
         pool.lock.unlock()
     }
 
     /// Leaves a message for this reactor. The lock is held.
     func post(_ message: Message) {
         inbox.append(message)
-        if !hasMail.exchange(true, ordering: .releasing) { wake() }
+        if !hasMail.exchange(true, ordering: .releasing), !postsToItself { wake() }
     }
 
     // MARK: - Requests
@@ -526,7 +535,9 @@ public final class VolumeIO: @unchecked Sendable {
             waiters.append(.request(engine: index, request: request))
         }
         pool.lock.withLock {
+            postsToItself = true
             _ = pool.flushEnded(flushTicket!, error: max(-result, 0), waiters: waiters)
+            postsToItself = false
         }
         flushTicket = nil
     }
