@@ -88,11 +88,13 @@ public final class World {
         self.meter = meter
         metadataDisk = SimulatedDisk(
             path: "simulated metadata", size: options.metadataBlocks * Layout.blockSize)
+        let dataSize = options.dataBlocks * Int(options.blockSectors) * 512
         // Nobody may ever read what the disk held before.
-        dataDisk = SimulatedDisk(
-            path: "simulated data",
-            bytes: [UInt8](
-                repeating: 0xEE, count: options.dataBlocks * Int(options.blockSectors) * 512))
+        dataDisk =
+            options.dataInMemory
+            ? SimulatedDisk(path: "simulated data", size: dataSize, isSparse: true)
+            : SimulatedDisk(
+                path: "simulated data", bytes: [UInt8](repeating: 0xEE, count: dataSize))
         try ThinMetadata.format(
             metadataDisk, dataBlockSectors: options.blockSectors,
             dataBlocks: UInt64(options.dataBlocks))
@@ -361,7 +363,9 @@ public final class World {
             throw WorldFailure(description: "the pool opens \(status.mode): \(status.problems)")
         }
         reactors = (0..<options.reactors).map { _ in
-            let io = SimulatedDataIO(disk: dataDisk, slowOneIn: options.slowOneIn) {
+            let io = SimulatedDataIO(
+                disk: dataDisk, slowOneIn: options.slowOneIn, isInMemory: options.dataInMemory
+            ) {
                 [unowned self] in random.below($0)
             }
             let reactor = SimulatedReactor(pool: pool, io: io, isReadOnly: readOnly)
@@ -407,6 +411,9 @@ public final class World {
         if failedAt != nil { return try recover() }
         for client in clients { client.wire.isClosedByClient = true }
         clients = []
+        // A server that stops takes no more connections.
+        for arrival in arrivals { arrival.wire.isClosedByServer = true }
+        arrivals = []
         for reactor in reactors { reactor.stop() }
         var patience = 100_000
         while !(pool.isAtRest && !reactors.contains(where: \.isBusy)) {

@@ -22,6 +22,8 @@ public struct WorldOptions {
     public var churns = false
     /// What is shared stops being shared while I/O to it is under way.
     public var drills = false
+    /// The data device is a sparse file in memory: most I/O is done at once, holes are known.
+    public var dataInMemory = false
     /// One in so many I/Os of the reactors takes long.
     public var slowOneIn = 12
     /// One in so many changes is durable when it is answered.
@@ -106,6 +108,7 @@ public struct WorldOptions {
         readOnlyTimes = random.oneIn(4)
         fills = dataFaults || random.oneIn(3)
         cutsAtPromises = powerCuts && random.oneIn(3)
+        dataInMemory = random.oneIn(3)
     }
 }
 

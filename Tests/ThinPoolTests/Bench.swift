@@ -436,14 +436,17 @@ private final class EngineIO: DataIO {
 
     init(queue: @escaping (RecordedIO, UInt64, [iovec]) -> Void) { self.queue = queue }
 
-    func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) {
+    func read(
+        at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64
+    ) -> Int32? {
         queue(
             record(.read, offset, length), tag, [iovec(iov_base: into, iov_len: length)])
+        return nil
     }
 
     func write(
         at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
-    ) {
+    ) -> Int32? {
         var io = record(.write, offset, 0)
         io.isDurable = durable
         for index in 0..<count {
@@ -452,9 +455,15 @@ private final class EngineIO: DataIO {
         }
         io.length = io.contents.count
         queue(io, tag, [])
+        return nil
     }
 
-    func flush(tag: UInt64) { queue(record(.flush, 0, 0), tag, []) }
+    func flush(tag: UInt64) -> Int32? {
+        queue(record(.flush, 0, 0), tag, [])
+        return nil
+    }
+
+    func isHole(at offset: UInt64, length: UInt64) -> Bool { false }
 
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
         queue(record(.zero, offset, Int(length)), tag, [])

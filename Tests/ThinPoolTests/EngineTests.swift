@@ -10,11 +10,14 @@ import ThinMetadata
 
 /// No request is made of these engines.
 private final class NoDataIO: DataIO {
-    func read(at: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) {}
+    func read(at: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) -> Int32? {
+        nil
+    }
     func write(
         at: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
-    ) {}
-    func flush(tag: UInt64) {}
+    ) -> Int32? { nil }
+    func flush(tag: UInt64) -> Int32? { nil }
+    func isHole(at: UInt64, length: UInt64) -> Bool { false }
     func zero(at: UInt64, length: UInt64, tag: UInt64) {}
 }
 

@@ -9,7 +9,7 @@ import Glibc
 
 public final class SimulatedDisk: BlockDevice {
     public static let sector = 512
-    /// What a discarded sector reads as: bytes that no volume ever wrote.
+    /// What a discarded sector reads as, but for a sparse disk: bytes that no volume ever wrote.
     static let discarded: UInt8 = 0xDD
 
     public let path: String
@@ -23,6 +23,11 @@ public final class SimulatedDisk: BlockDevice {
     public private(set) var writes = 0
     /// Faults that have struck it.
     private(set) var struck = 0
+
+    /// Like a sparse file: what is discarded reads as zeroes, and it is known where nothing is.
+    public let isSparse: Bool
+    /// Of a sparse disk, by sector: written since it was made, or discarded.
+    private var isWritten: [Bool]
 
     public var faults: [Fault] = []
     var meter = IOMeter()
@@ -48,20 +53,29 @@ public final class SimulatedDisk: BlockDevice {
         var settled: Set<Int> = []
     }
 
-    public convenience init(path: String, size: Int) {
-        self.init(path: path, bytes: [UInt8](repeating: 0, count: size))
+    public convenience init(path: String, size: Int, isSparse: Bool = false) {
+        self.init(
+            path: path, bytes: [UInt8](repeating: 0, count: size),
+            isWritten: isSparse ? [Bool](repeating: false, count: size / Self.sector) : nil)
     }
 
     /// A disk with these contents, all of them on the medium.
-    public init(path: String, bytes: [UInt8]) {
+    public convenience init(path: String, bytes: [UInt8]) {
+        self.init(path: path, bytes: bytes, isWritten: nil)
+    }
+
+    private init(path: String, bytes: [UInt8], isWritten: [Bool]?) {
         self.path = path
         self.bytes = bytes
         medium = bytes
+        isSparse = isWritten != nil
+        self.isWritten = isWritten ?? []
     }
 
     /// A copy of its own, without faults.
     func copy() -> SimulatedDisk {
-        let other = SimulatedDisk(path: path, bytes: bytes)
+        let other = SimulatedDisk(
+            path: path, bytes: bytes, isWritten: isSparse ? isWritten : nil)
         other.medium = medium
         other.hasForgotten = hasForgotten
         other.cache = cache
@@ -78,6 +92,17 @@ public final class SimulatedDisk: BlockDevice {
         let more = [UInt8](repeating: 0, count: size - bytes.count)
         bytes.append(contentsOf: more)
         medium.append(contentsOf: more)
+        if isSparse {
+            isWritten.append(
+                contentsOf: [Bool](repeating: false, count: more.count / Self.sector))
+        }
+    }
+
+    /// Whether nothing is there, so that the range reads as zeroes.
+    func isHole(at offset: UInt64, length: Int) -> Bool {
+        guard isSparse else { return false }
+        let first = Int(offset) / Self.sector
+        return !isWritten[first..<first + length / Self.sector].contains(true)
     }
 
     // MARK: - I/O
@@ -152,7 +177,13 @@ public final class SimulatedDisk: BlockDevice {
 
     /// After a discard the sectors hold anything.
     public func discard(at offset: UInt64, length: UInt64) {
-        store(Int(offset), [UInt8](repeating: Self.discarded, count: Int(length)))
+        store(
+            Int(offset),
+            [UInt8](repeating: isSparse ? 0 : Self.discarded, count: Int(length)))
+        if isSparse {
+            let first = Int(offset) / Self.sector
+            for sector in first..<first + Int(length) / Self.sector { isWritten[sector] = false }
+        }
     }
 
     func tryZero(at offset: UInt64, length: UInt64) throws(DeviceError) {
@@ -176,6 +207,18 @@ public final class SimulatedDisk: BlockDevice {
             CachedWrite(
                 sectors: (offset / Self.sector)..<((offset + new.count) / Self.sector),
                 bytes: new))
+        if isSparse {
+            for sector in cache.last!.sectors { isWritten[sector] = true }
+        }
+    }
+
+    /// Older contents have come back: where they are is no hole.
+    private func findWritten() {
+        guard isSparse else { return }
+        for sector in isWritten.indices where !isWritten[sector] {
+            let place = sector * Self.sector
+            isWritten[sector] = bytes[place..<place + Self.sector].contains { $0 != 0 }
+        }
     }
 
     private func reachMedium(_ write: CachedWrite) {
@@ -253,6 +296,7 @@ public final class SimulatedDisk: BlockDevice {
         var result = medium
         result.withUnsafeMutableBytes { for write in cache { Self.apply(write, to: $0) } }
         bytes = result
+        findWritten()
     }
 
     /// Changes a bit on the medium, mostly one of a byte that is in use; the block's bytes before.
@@ -315,6 +359,7 @@ public final class SimulatedDisk: BlockDevice {
         bytes = result
         medium = result
         cache.removeAll()
+        findWritten()
     }
 
     /// For every unflushed sector the write whose version survives, -1: none.

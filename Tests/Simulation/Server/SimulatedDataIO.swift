@@ -1,5 +1,6 @@
 // The data device of one simulated reactor: operations wait until the scheduler completes them, in
-// any order; a write reaches the disk when it is submitted or when it completes.
+// any order; a write reaches the disk when it is submitted or when it completes. A device in memory
+// does most of them at once.
 
 import BlockIO
 import Glibc
@@ -31,36 +32,61 @@ final class SimulatedDataIO: DataIO {
     /// when they are completed, whole and in order.
     private let draw: ((Int) -> Int)?
     private let slowOneIn: Int
+    private let isInMemory: Bool
 
-    init(disk: SimulatedDisk, slowOneIn: Int = 12, draw: ((Int) -> Int)?) {
+    init(
+        disk: SimulatedDisk, slowOneIn: Int = 12, isInMemory: Bool = false, draw: ((Int) -> Int)?
+    ) {
         self.disk = disk
         self.slowOneIn = slowOneIn
+        self.isInMemory = isInMemory
         self.draw = draw
     }
 
-    func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) {
-        add(.read, offset, [iovec(iov_base: into, iov_len: length)], length, tag)
+    func read(
+        at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64
+    ) -> Int32? {
+        start(.read, offset, [iovec(iov_base: into, iov_len: length)], length, tag)
     }
 
     func write(
         at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
-    ) {
+    ) -> Int32? {
         let memory = (0..<count).map { vectors[$0] }
-        add(.write, offset, memory, memory.reduce(0) { $0 + $1.iov_len }, tag, durable)
+        return start(.write, offset, memory, memory.reduce(0) { $0 + $1.iov_len }, tag, durable)
     }
 
-    func flush(tag: UInt64) { add(.flush, 0, [], 0, tag) }
+    func flush(tag: UInt64) -> Int32? { start(.flush, 0, [], 0, tag) }
+
+    func isHole(at offset: UInt64, length: UInt64) -> Bool {
+        disk.isHole(at: offset, length: Int(length))
+    }
 
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
-        add(.zero, offset, [], Int(length), tag)
+        add(
+            Operation(
+                kind: .zero, offset: offset, memory: [], length: Int(length), durable: false,
+                tag: tag))
     }
 
-    private func add(
+    /// The result, if the operation is done at once.
+    private func start(
         _ kind: Kind, _ offset: UInt64, _ memory: [iovec], _ length: Int, _ tag: UInt64,
         _ durable: Bool = false
-    ) {
-        var operation = Operation(
+    ) -> Int32? {
+        let operation = Operation(
             kind: kind, offset: offset, memory: memory, length: length, durable: durable, tag: tag)
+        if isInMemory, let draw, delaysNext != kind, !tellsFlushLate, draw(8) > 0 {
+            return apply(operation, lengthDone(of: operation, draw))
+        }
+        add(operation)
+        return nil
+    }
+
+    private func add(_ operation: Operation) {
+        var operation = operation
+        let kind = operation.kind
+        let length = operation.length
         if delaysNext == kind {
             delaysNext = nil
             operation.patience = 150
@@ -91,15 +117,18 @@ final class SimulatedDataIO: DataIO {
     func complete(_ index: Int) -> (tag: UInt64, result: Int32) {
         let operation = pending.remove(at: index)
         if let result = operation.result { return (operation.tag, result) }
-        var length = operation.length
-        if let draw {
-            // Now and then the device transfers less than it was asked to, or nothing yet.
-            if draw(64) == 0 { return (operation.tag, draw(2) == 0 ? -EAGAIN : -EINTR) }
-            if operation.kind == .read || operation.kind == .write, length > 512, draw(16) == 0 {
-                length = 512 * (1 + draw(length / 512 - 1))
-            }
-        }
-        return (operation.tag, apply(operation, length))
+        guard let draw else { return (operation.tag, apply(operation, operation.length)) }
+        // Now and then the device transfers nothing yet.
+        if draw(64) == 0 { return (operation.tag, draw(2) == 0 ? -EAGAIN : -EINTR) }
+        return (operation.tag, apply(operation, lengthDone(of: operation, draw)))
+    }
+
+    /// Now and then the device transfers less than it was asked to.
+    private func lengthDone(of operation: Operation, _ draw: (Int) -> Int) -> Int {
+        let length = operation.length
+        guard operation.kind == .read || operation.kind == .write, length > 512, draw(16) == 0
+        else { return length }
+        return 512 * (1 + draw(length / 512 - 1))
     }
 
     /// The machine or the server ends: what is in flight may reach the disk's cache, or not.
