@@ -109,6 +109,7 @@ let package = Package(
             name: "CLibNBD", path: "Tests/CLibNBD", pkgConfig: "libnbd",
             providers: [.apt(["libnbd-dev"])]),
         .testTarget(
-            name: "HostTests", dependencies: ["wafer", "CLibNBD"], swiftSettings: swiftSettings),
+            name: "HostTests", dependencies: ["wafer", "nbdload", "floor", "CLibNBD"],
+            swiftSettings: swiftSettings),
     ]
 )

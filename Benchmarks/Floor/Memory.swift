@@ -1,5 +1,5 @@
-// The bytes of the export. Pages that were never written are the kernel's page of zeroes and take no
-// memory, as blocks do that a thin volume has not mapped.
+// The bytes of the export. Pages that were never written are the kernel's page of zeroes and take
+// no memory, as blocks do that a thin volume has not mapped.
 
 import Foundation
 

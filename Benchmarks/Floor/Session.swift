@@ -1,6 +1,6 @@
-// The transmission of one connection: receive what there is, carry out every request in it, and send
-// all replies at once. Data goes straight from the memory to the socket; the payload of a long write
-// goes straight from the socket to the memory.
+// The transmission of one connection: receive what there is, carry out every request in it, and
+// send all replies at once. Data goes straight from the memory to the socket; the payload of a long
+// write goes straight from the socket to the memory.
 
 import Foundation
 import NBDProtocol

@@ -88,7 +88,8 @@ struct NBDLoad: ParsableCommand {
             throw LoadFailure("the volume is smaller than one request for each connection")
         }
 
-        let began = nanoseconds(), processorBefore = processorSeconds()
+        let began = nanoseconds()
+        let processorBefore = processorSeconds()
         let deadline = seconds.map { began + UInt64($0 * 1e9) } ?? .max
         let total = Mutex(Histogram())
         let group = DispatchGroup()

@@ -1,6 +1,6 @@
 // A connection's requests, prepared in memory: each slot holds a whole request, payload included,
-// of which only the offset changes. What is to be sent is a list of pieces of that memory, and slots
-// that follow one another are one piece.
+// of which only the offset changes. What is to be sent is a list of pieces of that memory, and
+// slots that follow one another are one piece.
 
 import Glibc
 import NBDProtocol
@@ -31,7 +31,7 @@ struct Requests: ~Copyable {
             let request = memory + slot * stride
             Self.write(operation.command, length: blockSize, cookie: slot, to: request)
             var at = RequestHeader.size
-            while at < requestLength {      // no zeroes: some servers would not store them
+            while at < requestLength {  // no zeroes: some servers would not store them
                 var word = offsets.take()
                 let length = min(8, requestLength - at)
                 (request + at).copyMemory(from: &word, byteCount: length)

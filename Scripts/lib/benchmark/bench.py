@@ -57,6 +57,15 @@ class Bench:
         return label in others if label else any(
             other.partition(",")[0] == server.name for other in others)
 
+    def space(self, storage):
+        """Bytes of storage that are used at once, at most."""
+        size = self.options.size << 20
+        pairs = [(row, server) for row in ROWS for server in self.servers
+                 if self.measures(storage, row, server)]
+        filled = {server for row, server in pairs if row.volume is Volume.FILLED}
+        fresh = [row.volume.space(size) for row, _ in pairs if row.volume is not Volume.FILLED]
+        return len(filled) * size + max(fresh, default=0)
+
     def run(self, storage):
         """All rounds over one storage, first over Unix sockets, then over TCP."""
         for transport in (UNIX, TCP):

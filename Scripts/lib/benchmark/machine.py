@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rows import DISK, EMPTY_SPACE, LOOP, MEMORY
+from rows import DISK, LOOP, MEMORY
 
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 # Written before a folder: loop devices over files in it.
@@ -80,13 +80,12 @@ class Storage:
     def __exit__(self, *_):
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def shortage(self, size, servers):
-        """Why it cannot be used, or None."""
+    def shortage(self, needed):
+        """Why it cannot be used for files of so many bytes, or None."""
         if self.kind == LOOP:
             why = self.loop_shortage()
             if why:
                 return why
-        needed = size * servers + max(4 * size, EMPTY_SPACE) * 3 // 2
         free = shutil.disk_usage(self.path).free
         if self.kind == MEMORY:
             free = min(free, int(field("/proc/meminfo", "MemAvailable").split()[0]) << 10)

@@ -55,7 +55,8 @@ def machine_section(results):
         f"sample: median {median(others):.2f}, at most {max(others):.2f}.",
     ]
     if median(others) > BUSY_CORES:
-        lines.append("**Measured on a loaded machine: the ratios are rough, the rest says little.**")
+        lines.append(
+            "**Measured on a loaded machine: the ratios are rough, the rest says little.**")
     text = "\n\n".join(lines) + "\n"
     if results.skipped:
         text += "\nLeft out:\n\n" + "".join(f"- {line}\n" for line in results.skipped)
@@ -80,8 +81,9 @@ def goal_section(results):
     lines, met, measured = [], 0, 0
     for verdict in results.verdicts():
         goal, ratio = verdict.goal, verdict.ratio
+        sign = "≥" if goal.is_floor else "≤"
         line = [f"{verdict.row.title} ({STORAGE_WORDS[goal.storage]})", FIGURES[goal.figure],
-                against_words(results, goal), ("≥ " if goal.is_floor else "≤ ") + f"{goal.bound:.2f}"]
+                against_words(results, goal), f"{sign} {goal.bound:.2f}"]
         if ratio is None:
             lines.append(line + ["not measured", "", ""])
             continue

@@ -34,6 +34,11 @@ class Volume(Enum):
         return {Volume.FILLED: (size, size), Volume.EMPTY: (EMPTY_SIZE, 0),
                 Volume.SNAPSHOT: (2 * size, 2 * size), Volume.SPARSE: (SPARSE_SIZE, size)}[self]
 
+    def space(self, size):
+        """Bytes that a sample may end up taking."""
+        return {Volume.FILLED: size, Volume.EMPTY: EMPTY_SPACE,
+                Volume.SNAPSHOT: 4 * size, Volume.SPARSE: size}[self]
+
 
 @dataclass(frozen=True)
 class Row:
