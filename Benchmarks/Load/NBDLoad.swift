@@ -36,6 +36,8 @@ struct NBDLoad: ParsableCommand {
     @Option(help: "For the offsets.") var seed: UInt64 = 1
 
     private static let maxDepth = 4096
+    /// Bytes that all requests of a connection may write together.
+    private static let maxUnderWay = 1 << 30
     private static let maxSeconds = 86_400.0
 
     func validate() throws {
@@ -50,6 +52,9 @@ struct NBDLoad: ParsableCommand {
         }
         if !(1...Self.maxDepth).contains(depth) || connections < 1 {
             throw ValidationError("--depth is from 1 to \(Self.maxDepth), --connections at least 1")
+        }
+        if operation.command == .write && blockSize * depth > Self.maxUnderWay {
+            throw ValidationError("--block-size times --depth is at most \(Self.maxUnderWay)")
         }
         if !(0...Self.maxSeconds).contains(seconds ?? 0) {
             throw ValidationError("--seconds is from 0 to \(Int(Self.maxSeconds))")

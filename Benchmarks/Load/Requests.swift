@@ -25,14 +25,13 @@ struct Requests: ~Copyable {
         capacity = 2 * depth
         pieces = .allocate(capacity: capacity)
 
-        var offsets = Offsets(
-            .randomRead, size: .max, blockSize: 1, connection: 0, connections: 1, seed: seed)
+        var random = SplitMix64(seed: seed)
         for slot in 0..<depth {
             let request = memory + slot * stride
             Self.write(operation.command, length: blockSize, cookie: slot, to: request)
             var at = RequestHeader.size
             while at < requestLength {  // no zeroes: some servers would not store them
-                var word = offsets.take()
+                var word = random.next()
                 let length = min(8, requestLength - at)
                 (request + at).copyMemory(from: &word, byteCount: length)
                 at += length

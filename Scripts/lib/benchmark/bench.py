@@ -82,7 +82,8 @@ class Bench:
             for server in list(self.servers):
                 if any(row.volume is Volume.FILLED and self.measures(storage, row, server)
                        for row in rows):
-                    running = self.start(storage, server, Volume.FILLED, transport)
+                    with self.turn:
+                        running = self.start(storage, server, Volume.FILLED, transport)
                     if running:
                         filled[server.name] = running
             for round_number in range(1, self.options.rounds + 1):

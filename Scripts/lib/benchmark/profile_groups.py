@@ -21,15 +21,15 @@ KERNEL_GROUPS = [
      r"|autoremove_wake.*|prepare_to_wait.*|finish_wait|ep_.*|eventfd.*|do_epoll.*|.*poll.*"
      r"|cpu_util.*|available_idle.*|psi_.*|place_entity|avg_vruntime|vruntime_.*|rseq.*|__rseq.*"),
     ("kernel: io_uring", r"_*io_.*|.*io_uring.*|.*io_wq.*|.*iou_.*|req_.*|llist_.*|task_work_.*"),
-    ("kernel: sockets", r".*(sock|skb|unix_|tcp|inet|netif|sendmsg|recvmsg|scm_|__sys_send|__sys_recv"
-     r"|ip_|ipv4|nf_|loopback|net_|sk_|dev_|qdisc|process_backlog|msghdr|maybe_add_creds"
+    ("kernel: sockets", r".*(sock|skb|unix_|tcp|inet|netif|sendmsg|recvmsg|scm_|__sys_send"
+     r"|__sys_recv|ip_|ipv4|nf_|loopback|net_|sk_|dev_|qdisc|process_backlog|msghdr|maybe_add_creds"
      r"|consume_|datagram).*"),
-    ("kernel: files and block devices", r".*(shmem|filemap|generic_file|generic_perform|vfs_|ext4|jbd2"
-     r"|iomap|bio_|blk_|blkdev|block|submit_bio|dio|loop_|lo_|xas_|xa_|folio|rw_verify|file_|inode"
-     r"|fsync|touch_atime|mnt_|fsnotify|iov_|mapping|dirty|writeback|kiocb|rw_sem|down_|up_"
+    ("kernel: files and block devices", r".*(shmem|filemap|generic_file|generic_perform|vfs_|ext4"
+     r"|jbd2|iomap|bio_|blk_|blkdev|block|submit_bio|dio|loop_|lo_|xas_|xa_|folio|rw_verify"
+     r"|file_|inode|fsync|touch_atime|mnt_|fsnotify|iov_|mapping|dirty|writeback|kiocb|rw_sem|down_|up_"
      r"|part_|disk|dm_|sbitmap|virt(io|queue|blk|q)|simple_write|fault_in|balance).*"),
-    ("kernel: entering and leaving", r".*(syscall|entry_SYSCALL|sysret|__x64_sys|exit_to_user|fget|fput|fdget"
-     r"|irqentry).*"),
+    ("kernel: entering and leaving", r".*(syscall|entry_SYSCALL|sysret|__x64_sys|exit_to_user"
+     r"|fget|fput|fdget|irqentry).*"),
 ]
 
 SWIFT_MODULES = {

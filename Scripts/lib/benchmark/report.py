@@ -5,8 +5,8 @@ from goals import CPU, FILE, IOPS, P99, PEERS, QCOW2, QCOW2X, QEMU, SECONDS, WAF
 from results import Results
 from rows import COPY, DISK, LOOP, MEMORY
 
-BEGIN = "<!-- results -->"
-END = "<!-- end of results -->"
+RESULTS = ("<!-- results -->", "<!-- end of results -->")
+PROFILE = ("<!-- profile -->", "<!-- end of profile -->")
 # More processors than this busy with other things make a run a poor one.
 BUSY_CORES = 0.3
 
@@ -107,18 +107,19 @@ def value_section(results, storage):
                         else "–")
             line = [row.title if server == order[0] else "", server]
             if row.generator == COPY:
-                line += [f"{middle('seconds')} s", "", "", middle("cpu_us", 1e-6) + " s", "", ""]
+                line += [middle("seconds") + " s", "", "", middle("cpu_us", 1e-6) + " s", "", "",
+                         ""]
             else:
                 least, most = cells.spread(server, "iops")
                 line += [middle("iops"), f"{number(least)}–{number(most)}",
-                         middle("bytes_a_second", 1e-6), middle("cpu_us"), middle("p50_us"),
-                         middle("p99_us")]
+                         middle("bytes_a_second", 1e-6), middle("cpu_us"),
+                         middle("client_cpu_us"), middle("p50_us"), middle("p99_us")]
             lines.append(line + ["" if server == "wafer" else share(cells.ratio("iops", server))])
-        lines += [[row.title, server, "failed: " + error.replace("\n", " ")] + [""] * 6
+        lines += [[row.title, server, "failed: " + error.replace("\n", " ")] + [""] * 7
                   for server, error in cells.errors.items()]
     return table(
-        ["", "server", "IOPS", "min–max", "MB/s", "CPU, µs a request", "p50, µs", "p99, µs",
-         "Wafer's IOPS ÷ these"], lines)
+        ["", "server", "IOPS", "min–max", "MB/s", "CPU, µs a request", "the client's", "p50, µs",
+         "p99, µs", "Wafer's IOPS ÷ these"], lines)
 
 
 def markdown(result):
@@ -131,12 +132,12 @@ def markdown(result):
     return text + "\n### Servers\n\n" + server_section(results)
 
 
-def write(path, text):
-    """Into the file, or between its two marks if it has them."""
+def write(path, text, marks):
+    """Into the file, or between the two marks if it has them."""
     if path.exists():
         old = path.read_text()
-        before, begin, rest = old.partition(BEGIN + "\n")
-        _, end, after = rest.partition(END)
+        before, begin, rest = old.partition(marks[0] + "\n")
+        _, end, after = rest.partition(marks[1])
         if begin and end:
-            text = before + begin + "\n" + text + "\n" + end + after
+            text = f"{before}{begin}\n{text}\n{end}{after}"
     path.write_text(text)

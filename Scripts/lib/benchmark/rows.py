@@ -119,7 +119,7 @@ ROWS = [
 
     Row("copy-full", "copy of a volume, all of it mapped", "read", generator=COPY,
         full=(MEMORY,), short={MEMORY: ("nbdkit-file",)}),
-    Row("copy-sparse", f"copy of a volume of {SPARSE_SIZE >> 30} GiB, of which that much is mapped",
+    Row("copy-sparse", f"copy of a volume of {SPARSE_SIZE >> 30} GiB, as much of it mapped",
         "read", generator=COPY, volume=Volume.SPARSE, full=(MEMORY,),
         short={MEMORY: ("nbdkit-file",)}),
 ]
