@@ -82,8 +82,8 @@ class Bench:
             for server in list(self.servers):
                 if any(row.volume is Volume.FILLED and self.measures(storage, row, server)
                        for row in rows):
-                    with self.turn:
-                        running = self.start(storage, server, Volume.FILLED, transport)
+                    self.turn.take()
+                    running = self.start(storage, server, Volume.FILLED, transport)
                     if running:
                         filled[server.name] = running
             for round_number in range(1, self.options.rounds + 1):
@@ -92,16 +92,16 @@ class Bench:
                             for kind in row.variants(server)
                             if self.measures(storage, row, server, label(server, kind))]
                     self.random.shuffle(line)
-                    with self.turn:
-                        for server, kind in line:
-                            if row.volume is not Volume.FILLED:
-                                self.sample_fresh(storage, round_number, row, server, kind)
-                            elif server.name in filled:
-                                self.sample(
-                                    storage, round_number, row, filled[server.name], kind)
+                    self.turn.take()
+                    for server, kind in line:
+                        if row.volume is not Volume.FILLED:
+                            self.sample_fresh(storage, round_number, row, server, kind)
+                        elif server.name in filled:
+                            self.sample(storage, round_number, row, filled[server.name], kind)
         finally:
             for running in filled.values():
                 running.stop()
+            self.turn.end()
 
     def start(self, storage, server, volume, transport):
         running = Running(server, storage, self.scratch, transport)

@@ -115,15 +115,27 @@ class Storage:
 
 
 class Turn:
-    """Holds a file's lock, for machines on which others wait for it before they are busy."""
+    """Holds a file's lock, for machines on which others wait for it before they are busy; not for
+    longer than some time at once, so that their turn comes, too."""
+    HOLD_SECONDS = 35
+    PAUSE_SECONDS = 0.5
 
     def __init__(self, path):
         self.file = open(path) if path else None
+        self.since = None
 
-    def __enter__(self):
-        if self.file:
+    def take(self):
+        """Afterwards the lock is held, until `end` at the latest."""
+        if not self.file:
+            return
+        if self.since and time.monotonic() - self.since > self.HOLD_SECONDS:
+            self.end()
+            time.sleep(self.PAUSE_SECONDS)
+        if not self.since:
             fcntl.flock(self.file, fcntl.LOCK_EX)
+            self.since = time.monotonic()
 
-    def __exit__(self, *_):
-        if self.file:
+    def end(self):
+        if self.since:
             fcntl.flock(self.file, fcntl.LOCK_UN)
+            self.since = None

@@ -26,8 +26,9 @@ KERNEL_GROUPS = [
      r"|consume_|datagram).*"),
     ("kernel: files and block devices", r".*(shmem|filemap|generic_file|generic_perform|vfs_|ext4"
      r"|jbd2|iomap|bio_|blk_|blkdev|block|submit_bio|dio|loop_|lo_|xas_|xa_|folio|rw_verify"
-     r"|file_|inode|fsync|touch_atime|mnt_|fsnotify|iov_|mapping|dirty|writeback|kiocb|rw_sem|down_|up_"
-     r"|part_|disk|dm_|sbitmap|virt(io|queue|blk|q)|simple_write|fault_in|balance).*"),
+     r"|file_|inode|fsync|touch_atime|mnt_|fsnotify|iov_|mapping|dirty|writeback|kiocb"
+     r"|rw_sem|down_|up_|part_|disk|dm_|sbitmap|virt(io|queue|blk|q)|simple_write|fault_in"
+     r"|balance).*"),
     ("kernel: entering and leaving", r".*(syscall|entry_SYSCALL|sysret|__x64_sys|exit_to_user"
      r"|fget|fput|fdget|irqentry).*"),
 ]
