@@ -18,12 +18,19 @@ struct Floor: ParsableCommand {
     var listen: String?
     @Option(help: ArgumentHelp("Size of the export.", valueName: "bytes"))
     var size: Int
+    @Option(
+        help: ArgumentHelp(
+            "Keep only so much, a power of two, and repeat it.", valueName: "bytes"))
+    var region: Int?
 
     func validate() throws {
         if unix == nil && listen == nil {
             throw ValidationError("give --unix or --listen, or both")
         }
         if size < 1 { throw ValidationError("--size is at least 1") }
+        if let region, region < 1 || region.nonzeroBitCount != 1 {
+            throw ValidationError("--region is a power of two")
+        }
     }
 
     func run() throws {
@@ -34,7 +41,7 @@ struct Floor: ParsableCommand {
             }
             addresses.append(address)
         }
-        let memory = try Memory(size: size)
+        let memory = try Memory(size: size, region: region)
         for address in addresses {
             let listener = try address.listen()
             Thread { Self.accept(listener, address, memory) }.start()

@@ -1,7 +1,8 @@
-// The bytes of the export. Pages that were never written are the kernel's page of zeroes and take
-// no memory, as blocks do that a thin volume has not mapped.
+// The bytes of the export, or a small region that stands for all of them: then what is answered does
+// not depend on what was written, but nothing has to be allocated either.
 
 import Foundation
+import NBDProtocol
 
 struct FloorFailure: Error, CustomStringConvertible {
     var description: String
@@ -10,16 +11,30 @@ struct FloorFailure: Error, CustomStringConvertible {
 
 /// Shared by all connections without a lock, as a disk is.
 final class Memory: @unchecked Sendable {
-    let bytes: UnsafeMutableRawPointer
     let size: Int
+    private let bytes: UnsafeMutableRawPointer
+    private let mask: UInt64
 
-    init(size: Int) throws {
+    /// - Parameter region: bytes that the export repeats, a power of two; nil: it keeps all.
+    init(size: Int, region: Int?) throws {
+        // A request may begin anywhere in the region.
+        let length = region.map { $0 + Int(Limits.maximumPayload) } ?? size
         let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-        let mapped = mmap(nil, size, PROT_READ | PROT_WRITE, flags, -1, 0)
+        let mapped = mmap(nil, length, PROT_READ | PROT_WRITE, flags, -1, 0)
         guard let mapped, mapped != MAP_FAILED else {
-            throw FloorFailure("no \(size) bytes of memory: \(String(cString: strerror(errno)))")
+            throw FloorFailure("no \(length) bytes of memory: \(String(cString: strerror(errno)))")
         }
+        if let region { memset(mapped, 0, region) }  // pages of its own, before they are measured
         bytes = mapped
+        mask = region.map { UInt64($0 - 1) } ?? .max
         self.size = size
+    }
+
+    @inline(__always)
+    func place(of offset: UInt64) -> UnsafeMutableRawPointer { bytes + Int(offset & mask) }
+
+    /// Of any length, unlike what has a payload.
+    func zero(_ offset: UInt64, _ length: Int) {
+        memset(place(of: offset), 0, mask == .max ? length : min(length, Int(mask) + 1))
     }
 }

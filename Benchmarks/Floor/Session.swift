@@ -77,7 +77,7 @@ struct Session: ~Copyable {
                     exportSize: UInt64(memory.size), isReadOnly: false)
             else { throw FloorFailure("a request that is not valid") }
             at += RequestHeader.size
-            let place = memory.bytes + Int(header.offset)
+            let place = memory.place(of: header.offset)
             let length = Int(header.length)
             switch command {
             case .read:
@@ -96,7 +96,7 @@ struct Session: ~Copyable {
                     buffered = 0
                     return true
                 }
-            case .writeZeroes: place.initializeMemory(as: UInt8.self, repeating: 0, count: length)
+            case .writeZeroes: memory.zero(header.offset, length)
             case .flush, .trim, .cache: break
             case .disconnect: return false
             }

@@ -123,17 +123,20 @@ class Turn:
     def __init__(self, path):
         self.file = open(path) if path else None
         self.since = None
+        self.waited = 0               # seconds
 
     def take(self):
         """Afterwards the lock is held, until `end` at the latest."""
         if not self.file:
             return
-        if self.since and time.monotonic() - self.since > self.HOLD_SECONDS:
+        began = time.monotonic()
+        if self.since and began - self.since > self.HOLD_SECONDS:
             self.end()
             time.sleep(self.PAUSE_SECONDS)
         if not self.since:
             fcntl.flock(self.file, fcntl.LOCK_EX)
             self.since = time.monotonic()
+            self.waited += self.since - began
 
     def end(self):
         if self.since:

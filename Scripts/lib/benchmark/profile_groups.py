@@ -6,15 +6,15 @@ KERNEL = "[kernel.kallsyms]"
 
 # The first that matches a kernel function decides.
 KERNEL_GROUPS = [
-    ("kernel: copying", r"_?copy_(to|from)_iter|copy_page_(to|from)_iter|copy_user_.*|rep_movs.*"
-     r"|memcpy.*|__memcpy|memset.*|clear_page.*|clear_user.*|simple_copy_to_iter"
+    ("kernel: copying", r"_?copy_(to|from)_iter|copy_(page|folio)_(to|from)_iter.*|copy_user_.*"
+     r"|rep_movs.*|memcpy.*|__memcpy|memset.*|clear_page.*|clear_user.*|simple_copy_to_iter"
      r"|skb_copy_datagram.*|__skb_datagram_iter|iov_iter_.*|__import_iovec|import_.*iovec"
      r"|check_stack_object|__check_object_size|__virt_addr_valid"),
     ("kernel: memory", r".*(kmalloc|kmem_cache|slab|memcg|obj_cgroup|get_page|alloc_pages"
      r"|rmqueue|free_unref|kfree|alloc_frozen|free_frozen|page_frag|mod_.*state|kvfree|pcpu"
      r"|charge|fault|pte_|pmd_|zap_|tlb|lru_).*"),
     ("kernel: switching and waking", r"finish_task_switch.*|.*schedule.*|.*try_to_wake.*"
-     r"|.*wake_up.*|_raw_spin_unlock_irqrestore|pick_.*|.*enqueue_(task|entity).*"
+     r"|.*wake_up.*|_raw_spin_unlock_irq.*|pick_.*|.*enqueue_(task|entity).*"
      r"|.*dequeue_(task|entity|entit).*|update_(curr|load|rq|entity|se|cfs|min).*"
      r"|set_next_.*|put_prev_.*|.*switch_.*|ttwu_.*"
      r"|select_(task|idle).*|futex.*|.*hrtimer.*|native_.*|tick_.*|resched.*|select_idle.*"
@@ -53,7 +53,7 @@ OBJECT_GROUPS = [
 ORDER = [
     *[name for name, _ in KERNEL_GROUPS], "kernel: other",
     "server: protocol and connections", "server: pool and map", "server: metadata",
-    "server: I/O queue", "server: clock", "server: Swift's runtime", "server: other",
+    "server: I/O queue", "server: copying", "server: clock", "server: Swift's runtime", "server: other",
 ]
 
 
@@ -68,6 +68,8 @@ def server_group(shared_object, symbol):
     for pattern, name in OBJECT_GROUPS:
         if re.fullmatch(pattern, shared_object):
             return name
+    if re.match("_*mem(cpy|move|set)", symbol):
+        return "server: copying"
     if symbol.startswith("clinux_"):
         return SWIFT_MODULES["BlockIO"]
     if symbol.startswith("swift_") or re.match(r"\$s(s|S)", symbol):

@@ -6,7 +6,7 @@ plugin and the floor promises that a flush puts what was acknowledged on stable 
 import subprocess
 from pathlib import Path
 
-from rows import DISK, LIGHT, LOOP, MEMORY, MIB, TCP, Volume
+from rows import DISK, EMPTY_SIZE, LIGHT, LOOP, MEMORY, MIB, TCP, Volume
 
 PAGE_CACHE = "page cache"
 DEVICE = "device (O_DIRECT)"
@@ -115,6 +115,7 @@ class Floor(Server):
     reaches = OWN_MEMORY
     flush = "nothing"
     kinds = (MEMORY,)
+    REGION = MIB
 
     def __init__(self, program):
         self.program = program
@@ -128,7 +129,9 @@ class Floor(Server):
     def command(self, running, size):
         address = (["--listen", f"{HOST}:{running.port}"] if running.transport == TCP
                    else ["--unix", running.address])
-        return [self.program, *address, "--size", size]
+        # A large empty volume would be all page faults, which are not what the floor is about.
+        region = ["--region", self.REGION] if size == EMPTY_SIZE else []
+        return [self.program, *address, "--size", size, *region]
 
 
 class File(Server):
