@@ -95,6 +95,8 @@ class Storage:
 
     def loop_shortage(self):
         """Tries a loop device with direct I/O."""
+        if not shutil.which("losetup"):
+            return "losetup is not in the path (it is for root)"
         with tempfile.NamedTemporaryFile(dir=self.path) as file:
             file.truncate(1 << 20)
             done = subprocess.run(

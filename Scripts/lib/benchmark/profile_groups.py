@@ -53,7 +53,8 @@ OBJECT_GROUPS = [
 ORDER = [
     *[name for name, _ in KERNEL_GROUPS], "kernel: other",
     "server: protocol and connections", "server: pool and map", "server: metadata",
-    "server: I/O queue", "server: copying", "server: clock", "server: Swift's runtime", "server: other",
+    "server: I/O queue", "server: copying", "server: clock", "server: Swift's runtime",
+    "server: other",
 ]
 
 
