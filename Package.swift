@@ -51,6 +51,23 @@ let package = Package(
         .target(name: "BlockIO", dependencies: ["CLinux"], swiftSettings: swiftSettings),
         .target(name: "CLinux", linkerSettings: [.linkedLibrary("uring")]),
 
+        // The benchmark's programs: a light client, and the least that a server can do.
+        .target(name: "Sockets", path: "Benchmarks/Sockets", swiftSettings: swiftSettings),
+        .executableTarget(
+            name: "nbdload",
+            dependencies: [
+                "Sockets", "NBDProtocol",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            path: "Benchmarks/Load", swiftSettings: swiftSettings),
+        .executableTarget(
+            name: "floor",
+            dependencies: [
+                "Sockets", "NBDProtocol",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            path: "Benchmarks/Floor", swiftSettings: swiftSettings),
+
         // The simulator: pool, metadata and commit code over simulated disks, clock and clients.
         .target(
             name: "Simulation",
@@ -92,6 +109,7 @@ let package = Package(
             name: "CLibNBD", path: "Tests/CLibNBD", pkgConfig: "libnbd",
             providers: [.apt(["libnbd-dev"])]),
         .testTarget(
-            name: "HostTests", dependencies: ["wafer", "CLibNBD"], swiftSettings: swiftSettings),
+            name: "HostTests", dependencies: ["wafer", "nbdload", "floor", "CLibNBD"],
+            swiftSettings: swiftSettings),
     ]
 )

@@ -52,11 +52,14 @@ final class Program: @unchecked Sendable {
     private let ended = Mutex<Int32?>(nil)
 
     /// Beside the program that runs these tests, unless WAFER_PROGRAM says otherwise.
-    static let wafer: String = {
-        if let path = ProcessInfo.processInfo.environment["WAFER_PROGRAM"] { return path }
+    static let wafer =
+        ProcessInfo.processInfo.environment["WAFER_PROGRAM"] ?? beside("wafer")
+
+    /// A program that was built with these tests.
+    static func beside(_ name: String) -> String {
         let own = URL(filePath: "/proc/self/exe").resolvingSymlinksInPath()
-        return own.deletingLastPathComponent().appending(path: "wafer").path
-    }()
+        return own.deletingLastPathComponent().appending(path: name).path
+    }
 
     /// Where a tool of the system is; nil: it is not installed.
     static func find(_ name: String) -> String? {

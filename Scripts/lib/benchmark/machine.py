@@ -1,5 +1,6 @@
 """What the results belong to: the machine, its load, the versions, the storage."""
 import ctypes
+import fcntl
 import os
 import platform
 import re
@@ -9,9 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from workloads import EMPTY_SPACE
+from rows import DISK, LOOP, MEMORY
 
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
+# Written before a folder: loop devices over files in it.
+LOOP_PREFIX = "loop:"
 
 
 def load():
@@ -47,15 +50,19 @@ def facts(wafer, checkout):
 
 
 class Storage:
-    """A new folder in the given one, removed at the end."""
+    """A new folder in the given one, removed at the end; with loop devices over its files if
+    "loop:" precedes it."""
 
-    def __init__(self, parent):
-        self.parent = Path(parent)
-        kind, device = self.filesystem()
-        self.is_memory = kind in MEMORY_FILESYSTEMS
-        self.name = str(parent)
+    def __init__(self, name):
+        self.name = name
+        self.parent = Path(name.removeprefix(LOOP_PREFIX))
+        filesystem, device = self.filesystem()
+        if name.startswith(LOOP_PREFIX):
+            self.kind = LOOP
+        else:
+            self.kind = MEMORY if filesystem in MEMORY_FILESYSTEMS else DISK
         self.description = dict(
-            name=self.name, is_memory=self.is_memory, filesystem=kind, device=device)
+            name=name, kind=self.kind, filesystem=filesystem, device=device)
 
     def filesystem(self):
         best = ("unknown", "unknown")
@@ -73,14 +80,31 @@ class Storage:
     def __exit__(self, *_):
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def shortage(self, size, servers):
-        """Why there is not enough room, or None."""
-        needed = size * servers + max(2 * size, EMPTY_SPACE) * 3 // 2
+    def shortage(self, needed):
+        """Why it cannot be used for files of so many bytes, or None."""
+        if self.kind == LOOP:
+            why = self.loop_shortage()
+            if why:
+                return why
         free = shutil.disk_usage(self.path).free
-        if self.is_memory:
+        if self.kind == MEMORY:
             free = min(free, int(field("/proc/meminfo", "MemAvailable").split()[0]) << 10)
         if free < needed:
             return f"{free >> 20} MiB free, {needed >> 20} MiB needed: see --dir and --size"
+        return None
+
+    def loop_shortage(self):
+        """Tries a loop device with direct I/O."""
+        if not shutil.which("losetup"):
+            return "losetup is not in the path (it is for root)"
+        with tempfile.NamedTemporaryFile(dir=self.path) as file:
+            file.truncate(1 << 20)
+            done = subprocess.run(
+                ["losetup", "--find", "--show", "--direct-io=on", file.name],
+                capture_output=True, text=True)
+            if done.returncode:
+                return "no loop device with direct I/O: " + done.stderr.strip()[-200:]
+            subprocess.run(["losetup", "--detach", done.stdout.strip()])
         return None
 
     def settle(self):
@@ -90,3 +114,33 @@ class Storage:
             ctypes.CDLL(None).syncfs(folder)
         finally:
             os.close(folder)
+
+
+class Turn:
+    """Holds a file's lock, for machines on which others wait for it before they are busy; not for
+    longer than some time at once, so that their turn comes, too."""
+    HOLD_SECONDS = 35
+    PAUSE_SECONDS = 0.5
+
+    def __init__(self, path):
+        self.file = open(path) if path else None
+        self.since = None
+        self.waited = 0               # seconds
+
+    def take(self):
+        """Afterwards the lock is held, until `end` at the latest."""
+        if not self.file:
+            return
+        began = time.monotonic()
+        if self.since and began - self.since > self.HOLD_SECONDS:
+            self.end()
+            time.sleep(self.PAUSE_SECONDS)
+        if not self.since:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+            self.since = time.monotonic()
+            self.waited += self.since - began
+
+    def end(self):
+        if self.since:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+            self.since = None

@@ -1,22 +1,17 @@
-"""The servers: how each makes a volume, is started, takes a snapshot and is stopped.
+"""The servers: how each makes a volume, is told to serve it, and takes a snapshot.
 
-Every server runs in a folder of its own and listens on a Unix socket. `reaches` says where a write
-is when the server acknowledges it; every server but nbdkit's memory plugin promises that a flush
-puts what was acknowledged on stable storage.
+`reaches` says where a write is when the server acknowledges it; every server but nbdkit's memory
+plugin and the floor promises that a flush puts what was acknowledged on stable storage.
 """
-import os
-import shutil
-import signal
-import socket
 import subprocess
-import tempfile
-import time
 from pathlib import Path
 
-START_SECONDS = 15
-STOP_SECONDS = 60
+from rows import DISK, EMPTY_SIZE, LIGHT, LOOP, MEMORY, MIB, TCP, Volume
+
 PAGE_CACHE = "page cache"
 DEVICE = "device (O_DIRECT)"
+OWN_MEMORY = "the server's memory"
+HOST = "127.0.0.1"
 
 
 class ServerError(Exception):
@@ -31,49 +26,59 @@ def call(*command):
     return done.stdout
 
 
-def sparse_file(path, size):
-    with open(path, "wb") as file:
-        file.truncate(size)
-
-
 class Server:
+    """`running` in the methods is the volume and its places: folder, address, port, device."""
     name = ""
     program = ""
     reaches = PAGE_CACHE
     flush = "fdatasync"
     export = ""
-    is_thin = False               # allocates and shares space itself
-    memory_only = False
+    is_file = False               # no server at all: a file
+    kinds = (MEMORY, DISK, LOOP)  # of storage
     snapshots = ()                # the ways it takes a snapshot; "" is the only one
     snapshot_while_serving = False
-    # In --short: the storage it runs on, and whether only in rows about allocated or shared space.
-    short = ("memory", "disk")
-    short_space_only = False
+    # Room on a device beyond the volume's own size.
+    extra_space = 0
 
-    def short_on(self, storage, workload):
-        if ("memory" if storage.is_memory else "disk") not in self.short:
+    def has(self, row, storage):
+        """Is it in the row when everything is measured?"""
+        if storage.kind not in self.kinds or storage.kind not in row.full:
             return False
-        return not self.short_space_only or not workload.loops
+        return row.volume is not Volume.SNAPSHOT or bool(self.snapshots)
 
-    def create(self, folder, size):
-        sparse_file(folder / "disk.raw", size)
+    def image(self, running):
+        return running.device or running.folder / "disk.raw"
 
-    def command(self, folder, address, size):
-        """The words that start it on the volume in `folder`, listening on `address`."""
+    def create(self, running, size):
+        if not running.device:
+            with open(self.image(running), "wb") as file:
+                file.truncate(size)
+
+    def command(self, running, size):
+        """The words that start it."""
         raise NotImplementedError
 
-    def process_file(self, folder):
+    def process_file(self, running):
         """Where a server that puts itself into the background leaves its process id."""
         return None
 
-    def snapshot(self, folder, kind):
+    def snapshot(self, running, kind):
         raise NotImplementedError
 
     def facts(self):
-        words = self.command(Path("FOLDER"), Path("SOCKET"), "SIZE")
+        words = [str(word) for word in self.command(Example(), "SIZE")]
         return dict(
-            name=self.name, command=" ".join(str(word) for word in words), reaches=self.reaches,
-            flush=self.flush, is_thin=self.is_thin)
+            name=self.name, command=" ".join([Path(words[0]).name, *words[1:]]),
+            reaches=self.reaches, flush=self.flush)
+
+
+class Example:
+    """Stands for a volume where a command is shown."""
+    folder = Path("FOLDER")
+    address = Path("SOCKET")
+    device = None
+    transport = ""
+    port = 0
 
 
 class Wafer(Server):
@@ -81,214 +86,197 @@ class Wafer(Server):
     reaches = DEVICE
     flush = "fdatasync; a commit if mappings changed"
     export = "volume"
-    is_thin = True
     snapshots = ("",)
     snapshot_while_serving = True
     POOL_SIZE = "128GiB"
+    extra_space = 256 * MIB
 
     def __init__(self, program):
         self.program = program
 
-    def create(self, folder, size):
-        pool = folder / "pool"
-        call(self.program, "pool", "create", pool, "--data-size", self.POOL_SIZE)
-        call(self.program, "volume", "create", pool, self.export, f"{size >> 20}MiB")
+    def create(self, running, size):
+        pool = running.folder / "pool"
+        space = ["--data", running.device] if running.device else ["--data-size", self.POOL_SIZE]
+        call(self.program, "pool", "create", pool, *space)
+        call(self.program, "volume", "create", pool, self.export, f"{size // MIB}MiB")
 
-    def command(self, folder, address, size):
-        return [self.program, "serve", folder / "pool", "--unix", address]
+    def command(self, running, size):
+        address = (["--listen", f"{HOST}:{running.port}"] if running.transport == TCP
+                   else ["--unix", running.address])
+        return [self.program, "serve", running.folder / "pool", *address]
 
-    def snapshot(self, folder, kind):
-        call(self.program, "volume", "snapshot", folder / "pool", self.export, "snapshot")
-
-    def facts(self):
-        return super().facts() | dict(command="wafer serve POOL --unix SOCKET")
-
-
-class NbdkitFile(Server):
-    name = "nbdkit-file"
-    program = "nbdkit"
-
-    def command(self, folder, address, size):
-        return [self.program, "--foreground", "--unix", address, "file", folder / "disk.raw"]
+    def snapshot(self, running, kind):
+        call(self.program, "volume", "snapshot", running.folder / "pool", self.export, "snapshot")
 
 
-class NbdkitMemory(Server):
-    name = "nbdkit-memory"
-    program = "nbdkit"
-    reaches = "the server's memory"
+class Floor(Server):
+    """Not a peer: what the sockets and the copying alone cost."""
+    name = "floor"
+    reaches = OWN_MEMORY
     flush = "nothing"
-    memory_only = True
+    kinds = (MEMORY,)
+    REGION = MIB
 
-    def create(self, folder, size):
+    def __init__(self, program):
+        self.program = program
+
+    def has(self, row, storage):
+        return super().has(row, storage) and row.generator == LIGHT
+
+    def create(self, running, size):
         pass
 
-    def command(self, folder, address, size):
-        return [self.program, "--foreground", "--unix", address, "memory", size]
+    def command(self, running, size):
+        address = (["--listen", f"{HOST}:{running.port}"] if running.transport == TCP
+                   else ["--unix", running.address])
+        # A large empty volume would be all page faults, which are not what the floor is about.
+        region = ["--region", self.REGION] if size == EMPTY_SIZE else []
+        return [self.program, *address, "--size", size, *region]
+
+
+class File(Server):
+    """Not a peer: what the file system takes for a write and fdatasync, without any server."""
+    name = "file"
+    program = "fio"
+    is_file = True
+    kinds = (DISK, LOOP)
+    CHUNK = bytes(range(1, 256)) * 4112
+
+    def has(self, row, storage):
+        return super().has(row, storage) and row.operation == "write+flush"
+
+    def create(self, running, size):
+        with open(self.image(running), "wb") as file:
+            while size:
+                size -= file.write(self.CHUNK[:size])
+
+    def facts(self):
+        return dict(name=self.name, command="fio --ioengine=psync --fdatasync=1",
+                    reaches=PAGE_CACHE, flush="fdatasync")
+
+
+class Nbdkit(Server):
+    program = "nbdkit"
+
+    def plugin(self, running, size):
+        raise NotImplementedError
+
+    def command(self, running, size):
+        address = (["--ipaddr", HOST, "--port", running.port] if running.transport == TCP
+                   else ["--unix", running.address])
+        return [self.program, "--foreground", *address, *self.plugin(running, size)]
+
+
+class NbdkitFile(Nbdkit):
+    name = "nbdkit-file"
+
+    def plugin(self, running, size):
+        return ["file", self.image(running)]
+
+
+class NbdkitMemory(Nbdkit):
+    name = "nbdkit-memory"
+    reaches = OWN_MEMORY
+    flush = "nothing"
+    kinds = (MEMORY,)
+
+    def create(self, running, size):
+        pass
+
+    def plugin(self, running, size):
+        return ["memory", size]
 
 
 class NbdServer(Server):
     name = "nbd-server"
     program = "nbd-server"
     export = "disk"
-    short = ("memory",)
+    kinds = (MEMORY, DISK)
 
-    def command(self, folder, address, size):
-        if folder.is_dir():
-            (folder / "config").write_text(
-                f"[generic]\nunixsock = {address}\nallowlist = true\n"
-                f"[{self.export}]\nexportname = {folder}/disk.raw\n"
+    def command(self, running, size):
+        if running.folder.is_dir():
+            address = (f"listenaddr = {HOST}\nport = {running.port}" if running.transport == TCP
+                       else f"unixsock = {running.address}")
+            (running.folder / "config").write_text(
+                f"[generic]\n{address}\nallowlist = true\n"
+                f"[{self.export}]\nexportname = {self.image(running)}\n"
                 "flush = true\nfua = true\ntrim = true\n")
-        return [self.program, "-C", folder / "config", "-p", self.process_file(folder)]
+        return [self.program, "-C", running.folder / "config", "-p", self.process_file(running)]
 
-    def process_file(self, folder):
-        return folder / "pid"
+    def process_file(self, running):
+        return running.folder / "pid"
 
 
 class Qemu(Server):
-    """qemu-nbd. cached: its default, the page cache and a thread pool; direct: the combination
-    that is meant for speed."""
+    """qemu-nbd. cached: its default, the page cache and a thread pool; direct and native: O_DIRECT
+    with io_uring and with Linux's older asynchronous I/O."""
     program = "qemu-nbd"
+    SETTINGS = {
+        "cached": (["--cache=writeback"], PAGE_CACHE, (MEMORY, DISK)),
+        "direct": (["--cache=none", "--aio=io_uring"], DEVICE, (MEMORY, DISK, LOOP)),
+        "native": (["--cache=none", "--aio=native"], DEVICE, (DISK, LOOP)),
+    }
 
-    def __init__(self, format, direct):
+    def __init__(self, setting, format="raw"):
         self.format = format
-        self.name = f"qemu-{format}-{'direct' if direct else 'cached'}"
-        self.cache = ["--cache=none", "--aio=io_uring"] if direct else ["--cache=writeback"]
-        self.reaches = DEVICE if direct else PAGE_CACHE
-        self.short = ("disk",) if direct else ("memory",)
+        self.name = f"qemu-{format}-{setting}"
+        self.cache, self.reaches, self.kinds = self.SETTINGS[setting]
 
-    def image(self, folder):
-        return folder / "disk.raw"
+    def suffix(self):
+        return "raw"
 
-    def command(self, folder, address, size):
-        return [self.program, "--persistent", "--shared=8", f"--socket={address}", *self.cache,
-                f"--format={self.image(folder).suffix[1:]}", self.image(folder)]
+    def command(self, running, size):
+        address = ([f"--bind={HOST}", f"--port={running.port}"] if running.transport == TCP
+                   else [f"--socket={running.address}"])
+        return [self.program, "--persistent", "--shared=32", *address, *self.cache,
+                f"--format={self.suffix()}", self.image(running)]
 
 
 class Qcow2(Qemu):
     """qcow2 with clusters of 64 KiB; extended: with subclusters of 2 KiB, which need no copying of
     a whole cluster. Its snapshots can only be taken with the server stopped."""
-    is_thin = True
     snapshots = ("internal", "overlay")
+    flush = "metadata cache written, then fdatasync"
 
-    def __init__(self, direct, extended=False):
-        super().__init__("qcow2x" if extended else "qcow2", direct)
+    def __init__(self, setting, extended=False):
+        super().__init__(setting, "qcow2x" if extended else "qcow2")
+        self.extended = extended
+        self.kinds = tuple(kind for kind in self.kinds if kind != LOOP)
         self.options = "cluster_size=64k" + (",extended_l2=on" if extended else "")
-        self.short_space_only = extended
-        self.flush = "metadata cache written, then fdatasync"
 
-    def image(self, folder):
-        return folder / "disk.qcow2"
+    def has(self, row, storage):
+        """Subclusters matter where space is allocated."""
+        return super().has(row, storage) and (not self.extended or bool(row.requests_a_block))
 
-    def create(self, folder, size):
-        call("qemu-img", "create", "-q", "-f", "qcow2", "-o", self.options, self.image(folder),
+    def suffix(self):
+        return "qcow2"
+
+    def image(self, running):
+        return running.folder / "disk.qcow2"
+
+    def create(self, running, size):
+        call("qemu-img", "create", "-q", "-f", "qcow2", "-o", self.options, self.image(running),
              size)
 
     def facts(self):
         facts = super().facts()
         return facts | dict(command=facts["command"] + f" ({self.options})")
 
-    def snapshot(self, folder, kind):
+    def snapshot(self, running, kind):
         if kind == "internal":
-            call("qemu-img", "snapshot", "-c", "snapshot", self.image(folder))
+            call("qemu-img", "snapshot", "-c", "snapshot", self.image(running))
             return
-        base = folder / "base.qcow2"
-        self.image(folder).rename(base)
+        base = running.folder / "base.qcow2"
+        self.image(running).rename(base)
         call("qemu-img", "create", "-q", "-f", "qcow2", "-o", self.options, "-F", "qcow2",
-             "-b", base, self.image(folder))
+             "-b", base, self.image(running))
 
 
-def all_servers(wafer):
+def all_servers(wafer, floor):
     return [
-        Wafer(wafer), NbdkitFile(), NbdkitMemory(), NbdServer(),
-        Qemu("raw", direct=False), Qemu("raw", direct=True),
-        Qcow2(direct=False), Qcow2(direct=True),
-        Qcow2(direct=False, extended=True), Qcow2(direct=True, extended=True),
+        Wafer(wafer), Floor(floor), File(), NbdkitFile(), NbdkitMemory(), NbdServer(),
+        Qemu("cached"), Qemu("direct"), Qemu("native"),
+        Qcow2("cached"), Qcow2("direct"), Qcow2("native"),
+        Qcow2("cached", extended=True), Qcow2("direct", extended=True),
+        Qcow2("native", extended=True),
     ]
-
-
-class Running:
-    """One volume in a folder of its own and, once started, the process that serves it."""
-
-    def __init__(self, server, storage, scratch):
-        self.server = server
-        self.folder = Path(tempfile.mkdtemp(prefix=server.name + ".", dir=storage))
-        self.sockets = Path(tempfile.mkdtemp(dir=scratch))
-        self.address = self.sockets / "s"
-        self.process = None
-        self.process_id = None
-
-    @property
-    def uri(self):
-        return f"nbd+unix:///{self.server.export}?socket={self.address}"
-
-    def create(self, size):
-        self.size = size
-        self.server.create(self.folder, size)
-
-    def start(self):
-        log = self.sockets / "log"
-        self.address.unlink(missing_ok=True)
-        words = self.server.command(self.folder, self.address, self.size)
-        with open(log, "wb") as output:
-            self.process = subprocess.Popen(
-                [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output)
-        self.process_id = self.process.pid
-        deadline = time.monotonic() + START_SECONDS
-        while not self.is_listening():
-            if time.monotonic() > deadline or self.has_failed():
-                raise ServerError("does not start: " + log.read_text().strip()[-300:])
-            time.sleep(0.02)
-
-    def has_failed(self):
-        return bool(self.process.poll()) or (
-            self.process.returncode == 0 and not self.server.process_file(self.folder))
-
-    def is_listening(self):
-        process_file = self.server.process_file(self.folder)
-        if process_file:
-            try:
-                self.process_id = int(process_file.read_text())
-            except (OSError, ValueError):
-                return False
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(self.address))
-                return True
-            except OSError:
-                return False
-
-    def snapshot(self, kind):
-        os.sync()
-        if self.server.snapshot_while_serving:
-            self.server.snapshot(self.folder, kind)
-        else:
-            self.end_process()
-            self.server.snapshot(self.folder, kind)
-            self.start()
-
-    def end_process(self):
-        if self.process is None:
-            return
-        if self.process.poll() is None or self.process_id != self.process.pid:
-            self.signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while self.process.poll() is None or Path(f"/proc/{self.process_id}").exists():
-            if time.monotonic() > deadline:
-                self.signal(signal.SIGKILL)
-                break
-            time.sleep(0.02)
-        self.process.wait()
-        self.process = None
-
-    def signal(self, number):
-        try:
-            os.kill(self.process_id, number)
-        except ProcessLookupError:
-            pass
-
-    def stop(self):
-        """Ends the server and removes all its files."""
-        self.end_process()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.rmtree(self.sockets, ignore_errors=True)

@@ -1,0 +1,37 @@
+// The handshake, which is the server's own; whatever the name, it opens the one export.
+
+import Foundation
+import NBDProtocol
+import Sockets
+
+private struct OneExport: ExportDirectory {
+    let export: Export
+
+    mutating func exportNames() -> [String] { [export.name] }
+    mutating func describe(_ name: String) -> Export? { export }
+    mutating func open(_ name: String) -> ExportOpening { .opened(export) }
+}
+
+/// Takes a new connection to transmission.
+func openSession(_ socket: Int32, _ memory: Memory) throws {
+    var exports = OneExport(
+        export: Export(
+            name: "", size: UInt64(memory.size), isReadOnly: false, description: "memory"))
+    var handshake = Handshake()
+    var input: [UInt8] = []
+    while true {
+        var output: [UInt8] = []
+        let (consumed, outcome) = input.withUnsafeBytes {
+            handshake.advance($0, output: &output, exports: &exports)
+        }
+        input.removeFirst(consumed)
+        try sendAll(output, to: socket)
+        switch outcome {
+        case .send, .wait: continue
+        // A byte at a time: nothing of the transmission is to be taken.
+        case .receive: input += try receive(1, from: socket)
+        case .transmit: return
+        case .close(let ending): throw FloorFailure("the handshake ended: \(ending)")
+        }
+    }
+}
