@@ -19,8 +19,8 @@ import CLinux
 import FoundationEssentials
 import ThinMetadata
 
-enum CatalogueLayout {
-    static let device = ThinDeviceID.max
+package enum CatalogueLayout {
+    package static let device = ThinDeviceID.max
     static let magic = 0
     static let version = 8
     static let checksum = 12
@@ -33,8 +33,8 @@ enum CatalogueLayout {
     static let maxPayloadBytes: UInt64 = 1 << 32
 }
 
-struct Catalogue: Codable, Equatable, Sendable {
-    struct Entry: Codable, Equatable, Sendable {
+package struct Catalogue: Codable, Equatable, Sendable {
+    package struct Entry: Codable, Equatable, Sendable {
         var id: UInt32
         var name: String
         var size: UInt64
@@ -42,16 +42,26 @@ struct Catalogue: Codable, Equatable, Sendable {
         var origin: String?
         /// Seconds since 1970.
         var created: UInt64
+
+        package init(id: UInt32, name: String, size: UInt64, origin: String? = nil, created: UInt64) {
+            self.id = id
+            self.name = name
+            self.size = size
+            self.origin = origin
+            self.created = created
+        }
     }
 
-    var volumes: [Entry] = []
+    package var volumes: [Entry] = []
     /// Devices whose volume is deleted and whose blocks are still being given back.
     var deleting: [UInt32] = []
+
+    package init() {}
 
     func entry(named name: String) -> Entry? { volumes.first { $0.name == name } }
 
     /// - Returns: header and payload, padded with zeroes to whole blocks.
-    func encoded(blockSize: UInt64) throws(PoolError) -> [UInt8] {
+    package func encoded(blockSize: UInt64) throws(PoolError) -> [UInt8] {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys]
         let payload: [UInt8]
