@@ -122,13 +122,15 @@ final class MappingTable: @unchecked Sendable {
         pages = 0
     }
 
-    /// Takes up to `count` pages out, going on where the last call stopped.
-    func evict(_ count: Int, _ body: (UInt) -> Void) {
+    /// Takes up to `count` pages out, going on where the last call stopped; not the one that holds
+    /// `block`.
+    func evict(_ count: Int, keeping block: UInt64?, _ body: (UInt) -> Void) {
+        let kept = block.map { Int($0 >> Self.pageShift) }
         var left = count
         var looked = 0
         while left > 0, looked < pageCount {
             let word = directory[hand].load(ordering: .relaxed)
-            if word != Self.absent, word != Self.hole {
+            if word != Self.absent, word != Self.hole, hand != kept {
                 directory[hand].store(Self.absent, ordering: .releasing)
                 body(word)
                 pages -= 1

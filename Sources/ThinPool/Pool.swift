@@ -218,16 +218,18 @@ public final class Pool: @unchecked Sendable {
             // Reading failed; nothing was changed, so this is the request's error alone.
             return .failure(EIO)
         }
-        evictTablePages(keeping: volume)
+        evictTablePages(keeping: volume, pageOf: block)
         switch volume.table.lookup(block) {
         case .mapped(let mapping): return .success(mapping)
         default: return .success(nil)
         }
     }
     var tablePagesUsed = 0
+    package var tableBytes: Int { tablePagesUsed * MappingTable.pageBytes }
 
-    /// Keeps the tables within their bound: pages of the volumes in turn.
-    private func evictTablePages(keeping: Volume) {
+    /// Keeps the tables within their bound: pages of the volumes in turn, but never the one that is
+    /// in use just now.
+    private func evictTablePages(keeping used: Volume, pageOf block: UInt64) {
         guard tablePagesUsed > options.tablePages else { return }
         let names = volumesByID.keys.sorted()
         var addresses: [UInt] = []
@@ -235,10 +237,11 @@ public final class Pool: @unchecked Sendable {
         let goal = max(64, options.tablePages / 16)
         for _ in 0..<names.count where addresses.count < goal {
             pagesHand = (pagesHand + 1) % names.count
-            guard let volume = volumesByID[names[pagesHand]], volume !== keeping || names.count == 1
-            else { continue }
+            guard let volume = volumesByID[names[pagesHand]] else { continue }
             let before = addresses.count
-            volume.table.evict(goal - before) { addresses.append($0) }
+            volume.table.evict(goal - before, keeping: volume === used ? block : nil) {
+                addresses.append($0)
+            }
             if volume.hasGrants, addresses.count > before { forgetting.append(volume) }
         }
         tablePagesUsed -= addresses.count
@@ -333,7 +336,7 @@ public final class Pool: @unchecked Sendable {
         volume.table.publish(block, Mapping(block: target, time: metadata.time))
         // The first mapping of a page that was known to be empty makes it one that takes memory.
         tablePagesUsed += volume.table.pages - before
-        evictTablePages(keeping: volume)
+        evictTablePages(keeping: volume, pageOf: block)
         markChanged(volume)
         return .done
     }
