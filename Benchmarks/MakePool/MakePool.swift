@@ -23,8 +23,12 @@ struct MakePool: ParsableCommand {
 
     @Argument(help: "The pool's directory, which is made.")
     var pool: String
-    @Option(help: "Size of the data device, a sparse file.", transform: Self.byteCount)
-    var dataSize: UInt64
+    @Option(help: "The data device, if it is not to be a file in the pool's directory.")
+    var data: String?
+    @Option(help: "Size of the data device, where it is to be made.", transform: Self.byteCount)
+    var dataSize: UInt64?
+    @Option(help: "Size of the metadata file.", transform: Self.byteCount)
+    var metadataSize: UInt64 = 4 << 30
     @Option(help: "Size of each volume.", transform: Self.byteCount)
     var size: UInt64
     @Option(help: "Volumes.")
@@ -50,10 +54,6 @@ struct MakePool: ParsableCommand {
         if UInt64(mappings) > blocks {
             throw ValidationError("--mappings: a volume has only \(blocks) blocks")
         }
-        let needed = UInt64(volumes * mappings + snapshots * changes)
-        if needed > dataSize / Self.blockSize {
-            throw ValidationError("--data-size: \(needed) blocks are to be mapped")
-        }
         if changes > 0 && mappings == 0 {
             throw ValidationError("--changes needs --mappings")
         }
@@ -61,7 +61,9 @@ struct MakePool: ParsableCommand {
 
     func run() throws {
         var plan = PoolPlan()
+        plan.data = data
         plan.dataSize = dataSize
+        plan.metadataSize = metadataSize
         plan.blockSize = Self.blockSize
         let directory = try PoolDirectory.create(pool, plan)
         let device = try FileDevice(path: directory.metadataPath, access: .readWrite)
@@ -137,7 +139,7 @@ struct MakePool: ParsableCommand {
 }
 
 private struct Full: Error, CustomStringConvertible {
-    var description: String { "the pool is full: give it a larger --data-size" }
+    var description: String { "the pool is full: give it a larger data device" }
 }
 
 /// Free data blocks in an order that keeps neighbours apart.
