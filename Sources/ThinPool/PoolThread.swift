@@ -70,16 +70,17 @@ public final class PoolThread: @unchecked Sendable {
         pool.lock.lock()
         defer { pool.lock.unlock() }
         while true {
-            switch pool.nextStep(now: monotonicNanoseconds()) {
+            let began = monotonicNanoseconds()
+            switch pool.nextStep(now: began) {
             case .io(let io):
                 pool.lock.unlock()
                 let results = perform(io)
                 pool.lock.lock()
                 pool.stepDone(results, now: monotonicNanoseconds())
+                rest(since: began)
             case .again:
-                pool.lock.unlock()
-                sched_yield()
-                pool.lock.lock()
+                pool.lock.letOthersIn()
+                rest(since: began)
             case .wait(let deadline):
                 if isStopping {
                     if pool.failure != nil || pool.isAtRest { return }
@@ -90,6 +91,20 @@ public final class PoolThread: @unchecked Sendable {
                     pool.lock.wait(until: deadline)
                 }
             }
+        }
+    }
+
+    /// Giving back what was deleted takes at most half of the time: on a machine with few processors
+    /// it would otherwise keep one of them from those who serve.
+    private func rest(since began: UInt64) {
+        guard pool.worker.givesBack else { return }
+        pool.worker.givesBack = false
+        let now = monotonicNanoseconds()
+        let deadline = now + (now - began)
+        while !isStopping, !pool.commitRequested, pool.worker.changes.isEmpty,
+            monotonicNanoseconds() < deadline
+        {
+            pool.lock.wait(until: deadline)
         }
     }
 

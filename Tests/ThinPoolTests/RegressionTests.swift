@@ -17,7 +17,7 @@ import ThinPool
     /// landed, or the copy would be without it.
     @Test func aCopyHasWhatWasAllowedInPlace() throws {
         var options = PoolOptions()
-        options.tablePages = 1
+        options.tableBytes = 1
         let bench = try Bench(options: options)
         for name in ["v", "w"] {
             try bench.change(.create(name: name, size: UInt64(2 * Self.block)))
@@ -53,7 +53,7 @@ import ThinPool
     /// it is not the page that was loaded just now, or a mapped block would read as a hole.
     @Test(arguments: [1, 2]) func aPageThatWasLoadedAnswers(volumes: Int) throws {
         var options = PoolOptions()
-        options.tablePages = 1
+        options.tableBytes = 1
         let bench = try Bench(options: options)
         let page = 512 * Self.block
         for name in ["v", "w"].prefix(volumes) {
@@ -73,7 +73,7 @@ import ThinPool
             }
         }
         // The bound is kept, but for the page that was used last.
-        #expect(bench.pool.tableBytes <= 2 * 4096)
+        #expect(bench.pool.tableBytes <= 4096)
     }
 
     /// The device reports a failed flush once; another reactor's, which ran at the same time, ends
