@@ -70,6 +70,9 @@ struct IndexQueue: ~Copyable {
 
     var isEmpty: Bool { count == 0 }
 
+    /// The value that is popped after so many others.
+    subscript(place: Int) -> Int32 { ring[(head + place) % capacity] }
+
     mutating func append(_ value: Int32) {
         if count == capacity {
             let larger = UnsafeMutablePointer<Int32>.allocate(capacity: capacity * 2)
