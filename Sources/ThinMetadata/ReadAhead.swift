@@ -7,12 +7,13 @@
 extension ThinMetadata {
     /// Calls `body` for each node that looking up the blocks of the range would have to read. Where
     /// an inner node is missing, what is below it is not known yet.
+    /// - Parameter leaves: looks at so many leaves only.
     public func forEachMissingNode(
-        _ id: ThinDeviceID, _ range: Range<UInt64>, _ body: (MetadataBlock) -> Void
+        _ id: ThinDeviceID, _ range: Range<UInt64>, leaves: Int, _ body: (MetadataBlock) -> Void
     ) throws(MetadataError) {
         guard let record = try record(id) else { return }
         var from = range.lowerBound
-        while from < range.upperBound {
+        for _ in 0..<leaves where from < range.upperBound {
             let (missing, next) = try store.cache.missingNode(record.root, .mapping, for: from)
             if let missing { body(MetadataBlock(missing)) }
             guard let next else { return }

@@ -5,7 +5,7 @@ import ThinMetadata
 
 struct DiscardQueue {
     /// So many blocks are put in order together, so that neighbours become one discard.
-    private static let portion = 4096
+    private static let portion = 1024
 
     private var blocks: [DataBlock] = []
     /// Those before `next` are gone, those up to `sorted` are in order.

@@ -1,4 +1,4 @@
-// Reads of metadata nodes for one reactor: several at once, into memory of its own, without the
+// Reads of metadata nodes for one thread: several at once, into memory of its own, without the
 // pool's lock.
 
 import BlockIO
@@ -16,6 +16,11 @@ final class NodeReader {
     private let buffer = AlignedBuffer(count: NodeReader.most * Layout.blockSize)
     /// What to read.
     var wanted: [MetadataBlock] = []
+
+    func want(_ block: MetadataBlock) {
+        if !isFull, !wanted.contains(block) { wanted.append(block) }
+    }
+
     private var isRead: [Bool] = []
 
     init(_ device: any BlockDevice, allowRing: Bool) {

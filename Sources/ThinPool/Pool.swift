@@ -29,9 +29,11 @@ public struct PoolBounds: Sendable {
     /// Mappings up to which a device is deleted in one go, not in the background.
     public var smallDeletion: UInt64 = 4096
     /// Mappings that one slice of a background deletion gives back.
-    public var deletionSlice = 1024
+    public var deletionSlice = 512
     /// Blocks that deletions give back in one transaction, so that its commit stays short.
-    public var deletionBatch = 65_536
+    public var deletionBatch = 32_768
+    /// Dirty metadata blocks at which a commit begins, so that none takes long.
+    public var dirtyBlocks = 1024
     /// Discards passed down between two commits.
     public var discardsPerStep = 32
     public init() {}
@@ -391,7 +393,9 @@ public final class Pool: @unchecked Sendable {
     /// After every batch of operations: bounds that are kept between operations, not inside.
     func endOperation() {
         metadata.trimCache()
-        if metadata.dirtyBlocks > options.cacheBlocks / 2 { requestCommit() }
+        if metadata.dirtyBlocks > min(options.bounds.dirtyBlocks, options.cacheBlocks / 2) {
+            requestCommit()
+        }
     }
 
     // MARK: - Commits

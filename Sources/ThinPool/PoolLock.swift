@@ -11,6 +11,8 @@ final class PoolLock: @unchecked Sendable {
     private let condition: UnsafeMutablePointer<pthread_cond_t>
     /// Threads that found the lock taken and have not got it yet.
     private let waiting = Atomic<Int>(0)
+    /// How often somebody found it taken.
+    private let contended = Atomic<UInt64>(0)
     private static let patience = 1000
 
     init() {
@@ -37,10 +39,13 @@ final class PoolLock: @unchecked Sendable {
     func lock() {
         if pthread_mutex_trylock(mutex) == 0 { return }
         waiting.wrappingAdd(1, ordering: .relaxed)
+        contended.wrappingAdd(1, ordering: .relaxed)
         pthread_mutex_lock(mutex)
         waiting.wrappingSubtract(1, ordering: .relaxed)
     }
     func unlock() { pthread_mutex_unlock(mutex) }
+
+    var contentions: UInt64 { contended.load(ordering: .relaxed) }
 
     /// For background work that has more to do: gives the lock up, and takes it again when those
     /// who wait have had it. A mutex alone would hand it back at once, before they are awake.

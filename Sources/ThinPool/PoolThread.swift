@@ -22,6 +22,7 @@ public final class PoolThread: @unchecked Sendable {
     private var thread = pthread_t()
     private var isStopping = false
     private var isDraining = false
+    private var lastContentions: UInt64 = 0
     private var queue: (any IOQueue)?
     private let buffer: UnsafeMutableRawPointer
     private let vectors: UnsafeMutablePointer<iovec>
@@ -66,11 +67,13 @@ public final class PoolThread: @unchecked Sendable {
     }
 
     private func run() {
+        let nodes = pool.makeNodeReader()
         queue = try? makeIOQueue(entries: Self.queueEntries, allowRing: allowRing).0
         pool.lock.lock()
         defer { pool.lock.unlock() }
         while true {
             let began = monotonicNanoseconds()
+            if pool.worker.isIdle { pool.readAheadOfDeletion(nodes) }
             switch pool.nextStep(now: began) {
             case .io(let io):
                 pool.lock.unlock()
@@ -95,12 +98,15 @@ public final class PoolThread: @unchecked Sendable {
     }
 
     /// Giving back what was deleted takes at most half of the time: on a machine with few processors
-    /// it would otherwise keep one of them from those who serve.
+    /// it would otherwise keep one of them from those who serve. A fifth, if others want the lock.
     private func rest(since began: UInt64) {
         guard pool.worker.givesBack else { return }
         pool.worker.givesBack = false
         let now = monotonicNanoseconds()
-        let deadline = now + (now - began)
+        let contentions = pool.lock.contentions
+        let share: UInt64 = contentions == lastContentions ? 1 : 4
+        lastContentions = contentions
+        let deadline = now + share * (now - began)
         while !isStopping, !pool.commitRequested, pool.worker.changes.isEmpty,
             monotonicNanoseconds() < deadline
         {

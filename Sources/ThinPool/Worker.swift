@@ -281,10 +281,14 @@ extension Pool {
 
     // MARK: - Deletion
 
+    var nextDeletion: UInt32? {
+        catalogue.deleting.first(where: { !forgotten.contains($0) })
+    }
+
     /// One slice of the oldest deletion, or nil if there is none.
     private func deletionStep() -> WorkerStep? {
         guard !isReadOnly, !stopsDeleting, !worker.deletionLacksSpace,
-            let id = catalogue.deleting.first(where: { !forgotten.contains($0) })
+            let id = nextDeletion
         else { return nil }
         if metadata.discardedBlocks >= options.bounds.deletionBatch {
             requestCommit()
