@@ -72,6 +72,10 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             path: "Benchmarks/MakePool", swiftSettings: swiftSettings),
+        .executableTarget(
+            name: "microbench",
+            dependencies: ["ThinPool", "ThinMetadata", "NBDProtocol", "BlockIO", "CLinux"],
+            path: "Benchmarks/Micro", swiftSettings: swiftSettings),
 
         .testTarget(
             name: "BlockIOTests", dependencies: ["BlockIO"], swiftSettings: swiftSettings),

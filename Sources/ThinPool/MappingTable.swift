@@ -16,13 +16,13 @@ import Synchronization
 import ThinMetadata
 
 /// What the table knows of a virtual block.
-enum TableEntry: Equatable {
+package enum TableEntry: Equatable {
     case unknown
     case unmapped
     case mapped(Mapping)
 }
 
-final class MappingTable: @unchecked Sendable {
+package final class MappingTable: @unchecked Sendable {
     static let pageEntries: UInt64 = 512
     static let pageBytes = 4096
     private static let pageShift: UInt64 = 9
@@ -43,7 +43,7 @@ final class MappingTable: @unchecked Sendable {
     /// Bytes of the pages that are present. Under the lock.
     private(set) var bytes = 0
 
-    init?(blocks: UInt64) {
+    package init?(blocks: UInt64) {
         self.blocks = blocks
         pageCount = Int((blocks + Self.pageEntries - 1) >> Self.pageShift)
         directoryBytes = max(pageCount, 1) * MemoryLayout<Atomic<UInt>>.stride
@@ -61,7 +61,7 @@ final class MappingTable: @unchecked Sendable {
     }
 
     @inline(__always)
-    func lookup(_ block: UInt64) -> TableEntry {
+    package func lookup(_ block: UInt64) -> TableEntry {
         let word = directory[Int(block >> Self.pageShift)].load(ordering: .acquiring)
         if word == Self.absent { return .unknown }
         if word == Self.hole { return .unmapped }
@@ -80,14 +80,14 @@ final class MappingTable: @unchecked Sendable {
     }
 
     /// The virtual blocks of the page that holds `block`, clipped to the volume.
-    func pageRange(of block: UInt64) -> Range<UInt64> {
+    package func pageRange(of block: UInt64) -> Range<UInt64> {
         let first = block & ~(Self.pageEntries - 1)
         return first..<min(first + Self.pageEntries, blocks)
     }
 
     /// Adds a page whose entries `fill` tells: it calls its argument for every mapped block, in
     /// ascending order.
-    func load<Failure: Error>(
+    package func load<Failure: Error>(
         pageOf block: UInt64,
         fill: ((VirtualBlock, Mapping) -> Void) throws(Failure) -> Void
     ) throws(Failure) {
