@@ -16,8 +16,8 @@ struct MakePool: ParsableCommand {
         commandName: "make-pool",
         abstract: "Make a large pool quickly: mappings without data.",
         discussion: """
-            The volumes are v0, v1, ...; the snapshots, all of v0 and the oldest first, s0, s1, ... \
-            Mappings are spread over the whole of a volume; with --dense they are its first blocks. \
+            The volumes are v0, v1, ...; the snapshots, of v0 and the oldest first, s0, s1, ... \
+            Mappings are spread over the whole volume; with --dense they are its first blocks. \
             Which data block a virtual block gets is shuffled.
             """)
 
@@ -107,7 +107,8 @@ struct MakePool: ParsableCommand {
         Catalogue.Entry(id: id.rawValue, name: name, size: size, origin: origin, created: 0)
     }
 
-    /// Where the mapping of this number is: somewhere in its part of the volume, the same each time.
+    /// Where the mapping of this number is: somewhere in its part of the volume, the same each
+    /// time.
     private func virtualBlock(_ index: UInt64) -> UInt64 {
         if dense { return index }
         let part = size / Self.blockSize / UInt64(mappings)

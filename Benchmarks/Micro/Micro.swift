@@ -1,4 +1,5 @@
-// microbench: what the small pieces of the data path and of a commit cost, with everything in memory.
+// microbench: what the small pieces of the data path and of a commit cost, with everything in
+// memory.
 //
 // One thread, nothing contended, no device: see Docs/scale.md for how the numbers add up.
 

@@ -1,4 +1,5 @@
-// A row of the table: nanoseconds an operation takes, the median of some repetitions and their range.
+// A row of the table: nanoseconds an operation takes, the median of some repetitions and their
+// range.
 
 import Glibc
 
@@ -8,7 +9,8 @@ struct Timing {
     let name: String
     private var samples: [Double] = []
 
-    /// Times `body`, which does so many operations; `prepare` comes before each repetition, untimed.
+    /// Times `body`, which does so many operations; `prepare` comes before each repetition,
+    /// untimed.
     init<Failure: Error>(
         _ name: String, operations: Int, prepare: () throws(Failure) -> Void,
         body: () throws(Failure) -> Void

@@ -1,5 +1,5 @@
-// Data blocks that wait to be passed down as discarded. Many come with one commit, some at a time go;
-// no step takes longer the more there are.
+// Data blocks that wait to be passed down as discarded. Many come with one commit, some at a time
+// go; no step takes longer the more there are.
 
 import ThinMetadata
 

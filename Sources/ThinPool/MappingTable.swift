@@ -2,9 +2,9 @@
 //
 // A directory of pages; a page holds 512 consecutive virtual blocks. A page is either absent (ask
 // the metadata), known to be all unmapped, or complete: every entry of a present page is known.
-// A page with few mappings is packed: a bitmap of the blocks that had one when it was made, how many
-// there are before each word of the bitmap, and their entries alone. An entry that the bitmap has no
-// place for makes it a plain page.
+// A page with few mappings is packed: a bitmap of the blocks that had one when it was made, how
+// many there are before each word of the bitmap, and their entries alone. An entry that the bitmap
+// has no place for makes it a plain page.
 //
 // 1. Written under the pool's lock only; read by anybody who has pinned the epoch.
 // 2. A page that leaves the directory is freed only once its epoch has drained.
@@ -151,8 +151,8 @@ package final class MappingTable: @unchecked Sendable {
         }
     }
 
-    /// Takes pages of at least `count` bytes out, if there are as many, going on where the last call
-    /// stopped; not the one that holds `block`.
+    /// Takes pages of at least `count` bytes out, if there are as many, going on where the last
+    /// call stopped; not the one that holds `block`.
     func evict(bytes count: Int, keeping block: UInt64?, _ body: (UInt) -> Void) {
         let kept = block.map { Int($0 >> Self.pageShift) }
         let goal = max(0, bytes - count)
@@ -185,8 +185,8 @@ package final class MappingTable: @unchecked Sendable {
     }
 }
 
-/// A page with few entries: 8 words of bitmap, the number of entries before each of them in 16 bits,
-/// the entries.
+/// A page with few entries: 8 words of bitmap, the number of entries before each of them in 16
+/// bits, the entries.
 private struct PackedPage {
     private static let words = 8
     private static let ranks = words * 8

@@ -237,8 +237,8 @@ public final class Pool: @unchecked Sendable {
         }
     }
 
-    /// What is known of the block from now on; a page that was known to have few mappings may have to
-    /// be another one.
+    /// What is known of the block from now on; a page that was known to have few mappings may have
+    /// to be another one.
     private func publish(_ volume: Volume, _ block: UInt64, _ mapping: Mapping?) {
         let before = volume.table.bytes
         let replaced = volume.table.publish(block, mapping)

@@ -97,8 +97,9 @@ public final class PoolThread: @unchecked Sendable {
         }
     }
 
-    /// Giving back what was deleted takes at most half of the time: on a machine with few processors
-    /// it would otherwise keep one of them from those who serve. A fifth, if others want the lock.
+    /// Giving back what was deleted takes at most half of the time: on a machine with few
+    /// processors it would otherwise keep one of them from those who serve. A fifth, if others want
+    /// the lock.
     private func rest(since began: UInt64) {
         guard pool.worker.givesBack else { return }
         pool.worker.givesBack = false

@@ -1,5 +1,6 @@
 // What a turn's steps need of the metadata and is not in memory, read before they are resolved: all
-// of it at once, and while others have the pool's lock. The pool's thread does the same for a deletion.
+// of it at once, and while others have the pool's lock. The pool's thread does the same for a
+// deletion.
 //
 // 1. Nobody relies on it: what is still missing is read under the lock.
 

@@ -49,8 +49,8 @@ import ThinPool
         #expect(bytes[4096..<4608].allSatisfy { $0 == 3 })
     }
 
-    /// A volume of three pages of the mapping table, and room for fewer: whatever makes way for a page,
-    /// it is not the page that was loaded just now, or a mapped block would read as a hole.
+    /// A volume of three pages of the mapping table, and room for fewer: whatever makes way for a
+    /// page, it is not the page that was loaded just now, or a mapped block would read as a hole.
     @Test(arguments: [1, 2]) func aPageThatWasLoadedAnswers(volumes: Int) throws {
         var options = PoolOptions()
         options.tableBytes = 1
