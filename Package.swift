@@ -81,6 +81,19 @@ let package = Package(
             ],
             path: "Tests/Simulate", swiftSettings: swiftSettings),
 
+        // Makes large pools for Scripts/scale.
+        .executableTarget(
+            name: "make-pool",
+            dependencies: [
+                "Control", "ThinPool", "ThinMetadata", "BlockIO",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
+            path: "Benchmarks/MakePool", swiftSettings: swiftSettings),
+        .executableTarget(
+            name: "microbench",
+            dependencies: ["ThinPool", "ThinMetadata", "NBDProtocol", "BlockIO", "CLinux"],
+            path: "Benchmarks/Micro", swiftSettings: swiftSettings),
+
         .testTarget(
             name: "BlockIOTests", dependencies: ["BlockIO"], swiftSettings: swiftSettings),
         .testTarget(

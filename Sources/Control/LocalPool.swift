@@ -32,6 +32,7 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
         self.purpose = purpose
         var options = options
         if purpose == .inspect { options.readOnly = true }
+        options.allowRing = allowRing
         let access: FileDevice.Access = options.readOnly ? .readOnly : .readWrite
         do throws(DeviceError) {
             metadata = try FileDevice(path: directory.metadataPath, access: access)

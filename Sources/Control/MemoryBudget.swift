@@ -9,10 +9,12 @@ enum MemoryBudget {
 
     /// Payloads of requests in flight.
     static let payloadBytes = share(8, from: 32 << 20, to: 256 << 20)
-    /// Metadata blocks of 4 KiB.
-    static let cacheBlocks = share(16, from: 4 << 20, to: 64 << 20) / 4096
-    /// Pages of mapping tables, 4 KiB each: 32 MiB of a volume with blocks of 64 KiB.
-    static let tablePages = share(16, from: 4 << 20, to: 256 << 20) / 4096
+    /// The map: metadata blocks and mapping tables.
+    static let cacheBytes = share(8, from: 8 << 20, to: 320 << 20)
+
+    /// What of the map's memory goes to metadata blocks. A mapping takes 8 bytes and a little of a
+    /// table, 16 and more of a metadata block, and a table is read without the lock.
+    static func metadataBytes(of cacheBytes: Int) -> Int { cacheBytes / 5 }
 
     private static func share(_ part: Int, from least: Int, to most: Int) -> Int {
         min(max(machine / part, least), most)

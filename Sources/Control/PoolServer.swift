@@ -8,6 +8,7 @@ import BlockIO
 import Glibc
 import Logging
 import NBDServer
+import ThinMetadata
 import ThinPool
 
 public struct ServeOptions: Sendable {
@@ -29,9 +30,13 @@ public struct ServeOptions: Sendable {
     public var io = IOChoice.auto
     public var pool = PoolOptions()
 
-    public init() {
-        pool.cacheBlocks = MemoryBudget.cacheBlocks
-        pool.tablePages = MemoryBudget.tablePages
+    public init() { setCache(bytes: MemoryBudget.cacheBytes) }
+
+    /// Memory for the map, which tables and metadata blocks share.
+    public mutating func setCache(bytes: Int) {
+        let metadata = MemoryBudget.metadataBytes(of: bytes)
+        pool.cacheBlocks = metadata / Layout.blockSize
+        pool.tableBytes = bytes - metadata
     }
 }
 

@@ -14,6 +14,9 @@ extension ThinMetadata {
         return DataBlock(block)
     }
 
+    /// Data blocks that nobody refers to any more once the open transaction is durable.
+    public var discardedBlocks: Int { store.discarded.count }
+
     /// Gives a reserved block back that was not mapped.
     public func releaseReservation(_ block: DataBlock) {
         makeAvailable([block])

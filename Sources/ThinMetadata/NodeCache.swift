@@ -143,6 +143,22 @@ final class NodeCache {
         return Node(memory)
     }
 
+    func contains(_ block: UInt64) -> Bool { find(block) != nil }
+
+    /// A node that somebody else has read, unless it is in memory or is none.
+    func adopt(_ block: UInt64, _ contents: UnsafeRawPointer, _ kind: TreeKind) {
+        guard block > 0 && block < metadataLimit, find(block) == nil else { return }
+        let index = takeFrame()
+        let memory = frames[Int(index)].memory
+        memcpy(memory, contents, Layout.blockSize)
+        do throws(MetadataError) { try verify(Node(memory), block, kind) } catch {
+            unused.append(index)
+            return
+        }
+        install(index, block, kind, .clean)
+        cleanCount += 1
+    }
+
     /// A frame for a block that was just allocated. Its contents are undefined.
     func create(_ block: UInt64, _ kind: TreeKind) throws(MetadataError) -> Node {
         if let stale = find(block) {
@@ -241,7 +257,9 @@ final class NodeCache {
 
     /// Gives up clean frames that were not used lately until the bound is kept, or none is left.
     /// Where few can go, each call looks at some of them only and the next goes on from there.
-    func trim() {
+    /// - Parameter taken: what something else has taken of the bound.
+    func trim(taken: Int) {
+        let bound = max(1, self.bound - taken)
         var patience = trimPatience
         while framesInUse > bound && cleanCount > 0 && patience > 0 {
             patience -= 1

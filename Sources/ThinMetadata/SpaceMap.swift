@@ -63,7 +63,7 @@ final class SpaceMap {
     /// One past the block allocated last: the next search starts here.
     private var cursor: UInt64 = 0
     private var unverified: Int
-    private var loadedPages = 0
+    private(set) var loadedPages = 0
     private var hand = 0
 
     /// - Parameter entries: block, nr_free, none_free_before of each bitmap.

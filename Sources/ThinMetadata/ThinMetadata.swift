@@ -50,6 +50,8 @@ public final class ThinMetadata {
     /// A count was lowered from more than 1 in the transaction being committed.
     var hasUnsharedInFrozen = false
     var isChanged = false
+    /// How often metadata blocks that were freed have become allocatable.
+    public internal(set) var blockReuses: UInt64 = 0
     /// Readers of a committed state, and the metadata blocks that wait for them to end.
     var pins = 0
     var pinnedQuarantine: [UInt64] = []
@@ -197,8 +199,9 @@ public final class ThinMetadata {
 
     /// Brings the memory for unchanged metadata under its bound. Called between operations.
     public func trimCache() {
-        store.cache.trim()
-        store.data.trim(bound: max(4, cacheBlocks / 2))
+        // A bitmap takes two blocks: itself, and which of its blocks are busy.
+        store.data.trim(bound: max(4, cacheBlocks / 4))
+        store.cache.trim(taken: min(2 * store.data.loadedPages, cacheBlocks / 2))
     }
 
     func requireWritable() throws(MetadataError) {

@@ -78,6 +78,7 @@ extension ThinMetadata {
     }
 
     private func makeAvailable(metadata blocks: [UInt64]) {
+        blockReuses += 1
         for block in blocks {
             do {
                 // Its bitmap is in memory: busy blocks hold it.

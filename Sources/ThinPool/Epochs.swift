@@ -10,8 +10,8 @@
 
 import Synchronization
 
-final class Epochs: @unchecked Sendable {
-    static let idle = UInt64.max
+package final class Epochs: @unchecked Sendable {
+    package static let idle = UInt64.max
     static let maxReaders = 512
     /// Slots lie two cache lines apart, so that reactors do not share one.
     private static let stride = 16
@@ -21,7 +21,7 @@ final class Epochs: @unchecked Sendable {
     /// Under the pool's lock.
     private var taken = [Bool](repeating: false, count: Epochs.maxReaders)
 
-    init() {
+    package init() {
         slots = .allocate(capacity: Self.maxReaders * Self.stride)
         for i in 0..<(Self.maxReaders * Self.stride) {
             (slots + i).initialize(to: Atomic<UInt64>(Self.idle))
@@ -31,7 +31,7 @@ final class Epochs: @unchecked Sendable {
     deinit { slots.deallocate() }
 
     /// A reader's slot. The pool's lock is held.
-    func register() -> Int {
+    package func register() -> Int {
         guard let free = taken.firstIndex(of: false) else {
             preconditionFailure("more than \(Self.maxReaders) reactors")
         }
@@ -44,10 +44,10 @@ final class Epochs: @unchecked Sendable {
         taken[reader] = false
     }
 
-    var now: UInt64 { current.load(ordering: .sequentiallyConsistent) }
+    package var now: UInt64 { current.load(ordering: .sequentiallyConsistent) }
 
     /// Pins `epoch` (or nothing: `idle`) for a reader; loads that follow are ordered after it.
-    func publish(_ reader: Int, _ epoch: UInt64) {
+    package func publish(_ reader: Int, _ epoch: UInt64) {
         slots[reader * Self.stride].store(epoch, ordering: .sequentiallyConsistent)
         atomicMemoryFence(ordering: .sequentiallyConsistent)
     }
@@ -73,7 +73,7 @@ final class Epochs: @unchecked Sendable {
 ///
 /// A ring of (epoch, count). When it is full a new I/O joins the youngest entry, whose older epoch
 /// only delays what waits for it.
-struct EpochPins: ~Copyable {
+package struct EpochPins: ~Copyable {
     private static let capacity = 256
 
     private struct State {
@@ -85,7 +85,7 @@ struct EpochPins: ~Copyable {
     private let epochs: UnsafeMutablePointer<UInt64>
     private let counts: UnsafeMutablePointer<UInt32>
 
-    init() {
+    package init() {
         state = .allocate(capacity: 1)
         state.initialize(to: State())
         epochs = .allocate(capacity: Self.capacity)
@@ -106,7 +106,7 @@ struct EpochPins: ~Copyable {
     }
 
     /// Counts one I/O in `epoch`; give the result back to `leave`.
-    func enter(_ epoch: UInt64) -> UInt16 {
+    package func enter(_ epoch: UInt64) -> UInt16 {
         if state.pointee.used > 0 {
             let last = (state.pointee.head + state.pointee.used - 1) % Self.capacity
             if epochs[last] == epoch || state.pointee.used == Self.capacity {
@@ -121,7 +121,7 @@ struct EpochPins: ~Copyable {
         return UInt16(slot)
     }
 
-    func leave(_ pin: UInt16) {
+    package func leave(_ pin: UInt16) {
         precondition(counts[Int(pin)] > 0, "an I/O left twice: its block could be reused too early")
         counts[Int(pin)] -= 1
         while state.pointee.used > 0, counts[state.pointee.head] == 0 {

@@ -243,10 +243,8 @@ extension Pool {
         case .delete(let name):
             if let volume = volumesByName.removeValue(forKey: name) {
                 volumesByID[volume.id] = nil
-                var addresses: [UInt] = []
-                tablePagesUsed -= volume.table.pages
-                volume.table.removeAll { addresses.append($0) }
-                retirePages(addresses)
+                volumes.removeAll { $0 === volume }
+                dropTable(of: volume)
             }
         case .forget:
             break

@@ -2,30 +2,36 @@
 //
 // A directory of pages; a page holds 512 consecutive virtual blocks. A page is either absent (ask
 // the metadata), known to be all unmapped, or complete: every entry of a present page is known.
+// A page with few mappings is packed: a bitmap of the blocks that had one when it was made, how
+// many there are before each word of the bitmap, and their entries alone. An entry that the bitmap
+// has no place for makes it a plain page.
 //
 // 1. Written under the pool's lock only; read by anybody who has pinned the epoch.
 // 2. A page that leaves the directory is freed only once its epoch has drained.
 // 3. The table is a cache: what is not in it is in the metadata, never the other way round.
+// 4. Of a packed page only entries change.
 
 import Glibc
 import Synchronization
 import ThinMetadata
 
 /// What the table knows of a virtual block.
-enum TableEntry: Equatable {
+package enum TableEntry: Equatable {
     case unknown
     case unmapped
     case mapped(Mapping)
 }
 
-final class MappingTable: @unchecked Sendable {
+package final class MappingTable: @unchecked Sendable {
     static let pageEntries: UInt64 = 512
     static let pageBytes = 4096
     private static let pageShift: UInt64 = 9
 
-    /// Directory words: 0 absent, 1 all unmapped, else the page's address.
+    /// Directory words: 0 absent, 1 all unmapped, else the page's address, with a bit for a packed
+    /// one.
     private static let absent: UInt = 0
     private static let hole: UInt = 1
+    private static let packedBit: UInt = 2
     /// Page words: the complement of the mapping, so that this, which would be the last block of
     /// a 2^40-block device at the last time, stands for "unmapped".
     private static let unmappedWord: UInt64 = 0
@@ -34,10 +40,10 @@ final class MappingTable: @unchecked Sendable {
     private let pageCount: Int
     private let directoryBytes: Int
     private let directory: UnsafeMutablePointer<Atomic<UInt>>
-    /// Pages that are present, oldest first. Under the lock.
-    private(set) var pages = 0
+    /// Bytes of the pages that are present. Under the lock.
+    private(set) var bytes = 0
 
-    init?(blocks: UInt64) {
+    package init?(blocks: UInt64) {
         self.blocks = blocks
         pageCount = Int((blocks + Self.pageEntries - 1) >> Self.pageShift)
         directoryBytes = max(pageCount, 1) * MemoryLayout<Atomic<UInt>>.stride
@@ -50,100 +56,192 @@ final class MappingTable: @unchecked Sendable {
     }
 
     deinit {
-        removeAll { free(UnsafeMutableRawPointer(bitPattern: $0)) }
+        if bytes > 0 { removeAll { free(UnsafeMutableRawPointer(bitPattern: $0)) } }
         munmap(directory, directoryBytes)
     }
 
     @inline(__always)
-    func lookup(_ block: UInt64) -> TableEntry {
+    package func lookup(_ block: UInt64) -> TableEntry {
         let word = directory[Int(block >> Self.pageShift)].load(ordering: .acquiring)
         if word == Self.absent { return .unknown }
         if word == Self.hole { return .unmapped }
-        let page = UnsafeMutablePointer<Atomic<UInt64>>(bitPattern: word)!
-        let entry = page[Int(block & (Self.pageEntries - 1))].load(ordering: .acquiring)
+        let place = Int(block & (Self.pageEntries - 1))
+        let entry: UInt64
+        if word & Self.packedBit == 0 {
+            let page = UnsafeMutablePointer<Atomic<UInt64>>(bitPattern: word)!
+            entry = page[place].load(ordering: .acquiring)
+        } else {
+            guard let slot = PackedPage(word & ~Self.packedBit).entry(place) else {
+                return .unmapped
+            }
+            entry = slot.pointee.load(ordering: .acquiring)
+        }
         return entry == Self.unmappedWord ? .unmapped : .mapped(Mapping(rawValue: ~entry))
     }
 
     /// The virtual blocks of the page that holds `block`, clipped to the volume.
-    func pageRange(of block: UInt64) -> Range<UInt64> {
+    package func pageRange(of block: UInt64) -> Range<UInt64> {
         let first = block & ~(Self.pageEntries - 1)
         return first..<min(first + Self.pageEntries, blocks)
     }
 
-    /// Adds a page whose entries `fill` tells: it calls its argument for every mapped block.
-    func load<Failure: Error>(
+    /// Adds a page whose entries `fill` tells: it calls its argument for every mapped block, in
+    /// ascending order.
+    package func load<Failure: Error>(
         pageOf block: UInt64,
         fill: ((VirtualBlock, Mapping) -> Void) throws(Failure) -> Void
     ) throws(Failure) {
         let index = Int(block >> Self.pageShift)
         precondition(directory[index].load(ordering: .relaxed) == Self.absent)
-        var page: UnsafeMutablePointer<Atomic<UInt64>>?
-        do {
-            try fill { block, mapping in
-                if page == nil { page = Self.emptyPage() }
-                page![Int(block.rawValue & (Self.pageEntries - 1))]
-                    .store(~mapping.rawValue, ordering: .relaxed)
-            }
-        } catch {
-            free(page)
-            throw error
+        var places: [(place: Int, word: UInt64)] = []
+        places.reserveCapacity(Int(Self.pageEntries))
+        try fill { block, mapping in
+            places.append((Int(block.rawValue & (Self.pageEntries - 1)), ~mapping.rawValue))
         }
-        if page != nil { pages += 1 }
-        directory[index].store(
-            page.map { UInt(bitPattern: $0) } ?? Self.hole, ordering: .releasing)
+        var word = Self.hole
+        if places.count > PackedPage.mostEntries {
+            let page = Self.emptyPage()
+            for (place, entry) in places { page[place].store(entry, ordering: .relaxed) }
+            word = UInt(bitPattern: page)
+        } else if !places.isEmpty {
+            word = PackedPage(places).address | Self.packedBit
+        }
+        bytes += Self.size(word)
+        directory[index].store(word, ordering: .releasing)
     }
 
     /// Publishes one entry. An absent page stays absent: the metadata knows.
-    func publish(_ block: UInt64, _ mapping: Mapping?) {
+    ///
+    /// - Returns: the address of a page that has been replaced, to be freed once the epoch has
+    ///   drained.
+    func publish(_ block: UInt64, _ mapping: Mapping?) -> UInt? {
         let index = Int(block >> Self.pageShift)
-        var word = directory[index].load(ordering: .relaxed)
-        if word == Self.absent { return }
-        if word == Self.hole {
-            guard mapping != nil else { return }
-            word = UInt(bitPattern: Self.emptyPage())
-            pages += 1
-            directory[index].store(word, ordering: .releasing)
+        let place = Int(block & (Self.pageEntries - 1))
+        let entry = mapping.map { ~$0.rawValue } ?? Self.unmappedWord
+        let word = directory[index].load(ordering: .relaxed)
+        if word == Self.absent { return nil }
+        if word & (Self.hole | Self.packedBit) == 0 {
+            let page = UnsafeMutablePointer<Atomic<UInt64>>(bitPattern: word)!
+            page[place].store(entry, ordering: .releasing)
+            return nil
         }
-        let page = UnsafeMutablePointer<Atomic<UInt64>>(bitPattern: word)!
-        page[Int(block & (Self.pageEntries - 1))].store(
-            mapping.map { ~$0.rawValue } ?? Self.unmappedWord, ordering: .releasing)
+        var packed: PackedPage?
+        if word & Self.packedBit != 0 {
+            packed = PackedPage(word & ~Self.packedBit)
+            if let slot = packed!.entry(place) {
+                slot.pointee.store(entry, ordering: .releasing)
+                return nil
+            }
+        }
+        guard mapping != nil else { return nil }
+        let page = Self.emptyPage()
+        packed?.forEach { place, entry in page[place].store(entry, ordering: .relaxed) }
+        page[place].store(entry, ordering: .relaxed)
+        bytes += Self.pageBytes - Self.size(word)
+        directory[index].store(UInt(bitPattern: page), ordering: .releasing)
+        return packed?.address
     }
 
     /// Takes every page out of the directory; `body` gets the address of each, to be freed once
     /// the epoch has drained.
     func removeAll(_ body: (UInt) -> Void) {
-        guard pages > 0 || pageCount > 0 else { return }
         for index in 0..<pageCount {
             let word = directory[index].load(ordering: .relaxed)
-            if word == Self.absent { continue }
-            directory[index].store(Self.absent, ordering: .releasing)
-            if word != Self.hole { body(word) }
+            if word != Self.absent { remove(index, word, body) }
         }
-        pages = 0
     }
 
-    /// Takes up to `count` pages out, going on where the last call stopped.
-    func evict(_ count: Int, _ body: (UInt) -> Void) {
-        var left = count
+    /// Takes pages of at least `count` bytes out, if there are as many, going on where the last
+    /// call stopped; not the one that holds `block`.
+    func evict(bytes count: Int, keeping block: UInt64?, _ body: (UInt) -> Void) {
+        let kept = block.map { Int($0 >> Self.pageShift) }
+        let goal = max(0, bytes - count)
         var looked = 0
-        while left > 0, looked < pageCount {
+        while bytes > goal, looked < pageCount {
             let word = directory[hand].load(ordering: .relaxed)
-            if word != Self.absent, word != Self.hole {
-                directory[hand].store(Self.absent, ordering: .releasing)
-                body(word)
-                pages -= 1
-                left -= 1
-            }
-            hand = (hand + 1) % pageCount
+            if word != Self.absent, word != Self.hole, hand != kept { remove(hand, word, body) }
+            hand = hand + 1 < pageCount ? hand + 1 : 0
             looked += 1
         }
     }
     private var hand = 0
+
+    private func remove(_ index: Int, _ word: UInt, _ body: (UInt) -> Void) {
+        directory[index].store(Self.absent, ordering: .releasing)
+        bytes -= Self.size(word)
+        if word != Self.hole { body(word & ~Self.packedBit) }
+    }
+
+    private static func size(_ word: UInt) -> Int {
+        if word <= hole { return 0 }
+        return word & packedBit == 0 ? pageBytes : PackedPage(word & ~packedBit).size
+    }
 
     private static func emptyPage() -> UnsafeMutablePointer<Atomic<UInt64>> {
         // A page is zero, which reads as unmapped.
         let memory = aligned_alloc(64, pageBytes)!
         memset(memory, 0, pageBytes)
         return memory.bindMemory(to: Atomic<UInt64>.self, capacity: Int(pageEntries))
+    }
+}
+
+/// A page with few entries: 8 words of bitmap, the number of entries before each of them in 16
+/// bits, the entries.
+private struct PackedPage {
+    private static let words = 8
+    private static let ranks = words * 8
+    private static let entries = ranks + words * 2
+    /// More than these would take more than half of a plain page.
+    static let mostEntries = (MappingTable.pageBytes / 2 - entries) / 8
+    /// What the allocator keeps for itself with each piece of memory.
+    private static let overhead = 16
+
+    private let memory: UnsafeMutableRawPointer
+
+    @inline(__always) init(_ address: UInt) {
+        memory = UnsafeMutableRawPointer(bitPattern: address)!
+    }
+
+    /// A new one with these entries, which are in ascending order.
+    init(_ places: [(place: Int, word: UInt64)]) {
+        memory = malloc(Self.entries + 8 * places.count)!
+        memset(memory, 0, Self.entries)
+        for (rank, (place, word)) in places.enumerated() {
+            bitmap[place >> 6] |= 1 << UInt64(place & 63)
+            entry(rank: rank).initialize(to: Atomic(word))
+        }
+        for word in 1..<Self.words {
+            rank[word] = rank[word - 1] + UInt16(bitmap[word - 1].nonzeroBitCount)
+        }
+    }
+
+    var address: UInt { UInt(bitPattern: memory) }
+    var size: Int { Self.entries + 8 * count + Self.overhead }
+
+    private var count: Int {
+        Int(rank[Self.words - 1]) + bitmap[Self.words - 1].nonzeroBitCount
+    }
+    @inline(__always) private var bitmap: UnsafeMutablePointer<UInt64> {
+        memory.assumingMemoryBound(to: UInt64.self)
+    }
+    @inline(__always) private var rank: UnsafeMutablePointer<UInt16> {
+        (memory + Self.ranks).assumingMemoryBound(to: UInt16.self)
+    }
+    @inline(__always) private func entry(rank: Int) -> UnsafeMutablePointer<Atomic<UInt64>> {
+        (memory + Self.entries).assumingMemoryBound(to: Atomic<UInt64>.self) + rank
+    }
+
+    /// Where the block's entry is, if it has one.
+    @inline(__always) func entry(_ place: Int) -> UnsafeMutablePointer<Atomic<UInt64>>? {
+        let word = bitmap[place >> 6]
+        let bit = UInt64(1) << UInt64(place & 63)
+        guard word & bit != 0 else { return nil }
+        return entry(rank: Int(rank[place >> 6]) + (word & (bit - 1)).nonzeroBitCount)
+    }
+
+    func forEach(_ body: (_ place: Int, _ word: UInt64) -> Void) {
+        for place in 0..<Int(MappingTable.pageEntries) {
+            if let slot = entry(place) { body(place, slot.pointee.load(ordering: .relaxed)) }
+        }
     }
 }

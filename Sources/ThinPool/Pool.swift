@@ -29,7 +29,11 @@ public struct PoolBounds: Sendable {
     /// Mappings up to which a device is deleted in one go, not in the background.
     public var smallDeletion: UInt64 = 4096
     /// Mappings that one slice of a background deletion gives back.
-    public var deletionSlice = 2048
+    public var deletionSlice = 512
+    /// Blocks that deletions give back in one transaction, so that its commit stays short.
+    public var deletionBatch = 32_768
+    /// Dirty metadata blocks at which a commit begins, so that none takes long.
+    public var dirtyBlocks = 1024
     /// Discards passed down between two commits.
     public var discardsPerStep = 32
     public init() {}
@@ -40,11 +44,13 @@ public struct PoolOptions: Sendable {
     public var commitInterval: UInt64 = 1_000_000_000
     /// 4 KiB blocks of metadata kept in memory.
     public var cacheBlocks = 16_384
-    /// Pages of the volumes' mapping tables, 4 KiB each.
-    public var tablePages = 65_536
+    /// Memory for the pages of the volumes' mapping tables.
+    public var tableBytes = 256 << 20
     /// Give discarded blocks back to the data device.
     public var passDiscardsDown = true
     public var readOnly = false
+    /// Use io_uring where the system has it.
+    public var allowRing = true
     public var bounds = PoolBounds()
     public init() {}
 }
@@ -75,7 +81,13 @@ public final class Pool: @unchecked Sendable {
     var catalogueBlocks: UInt64 = 0
     var volumesByName: [String: Volume] = [:]
     var volumesByID: [ThinDeviceID: Volume] = [:]
-    var pagesHand = 0
+    /// All of them, in the order in which their tables give up pages.
+    var volumes: [Volume] = []
+    private var evictionHand = 0
+    /// Bytes of the pages of all their tables.
+    package var tableBytes = 0
+    /// What is given up beyond the bound, so that not every page that is loaded has to.
+    private static let evictionSlack = 64 << 10
 
     // Engines and what they wait for
     /// Kept alive by their reactors, until they close.
@@ -101,7 +113,7 @@ public final class Pool: @unchecked Sendable {
     // Draining
     enum Drained {
         case blocks([DataBlock], discard: Bool)
-        case page(UInt)
+        case pages([UInt])
         case quiesced
         case writesInPlace
     }
@@ -110,7 +122,7 @@ public final class Pool: @unchecked Sendable {
     /// Stamp of the last durable commit in which something stopped being shared.
     var lastUnshared: UInt64 = 0
     /// Blocks that nobody can touch any more and that still have to be passed down.
-    var discards: [DataBlock] = []
+    var discards = DiscardQueue()
 
     let worker = WorkerState()
     /// Block 0 as the last commit wrote it.
@@ -169,8 +181,8 @@ public final class Pool: @unchecked Sendable {
 
     deinit {
         free(zeroes)
-        for case (_, .page(let address)) in drains {
-            free(UnsafeMutableRawPointer(bitPattern: address))
+        for case (_, .pages(let addresses)) in drains {
+            for address in addresses { free(UnsafeMutableRawPointer(bitPattern: address)) }
         }
     }
 
@@ -205,7 +217,7 @@ public final class Pool: @unchecked Sendable {
         if metadataIsLost { return .failure(EIO) }
         let range = volume.table.pageRange(of: block)
         do throws(MetadataError) {
-            let before = volume.table.pages
+            let before = volume.table.bytes
             try volume.table.load(pageOf: block) { (set) throws(MetadataError) in
                 var next = VirtualBlock(range.lowerBound)
                 let limit = VirtualBlock(range.upperBound)
@@ -213,43 +225,60 @@ public final class Pool: @unchecked Sendable {
                     next = try metadata.visitLeaf(volume.id, from: next, limit: limit, set)
                 }
             }
-            tablePagesUsed += volume.table.pages - before
+            tableBytes += volume.table.bytes - before
         } catch {
             // Reading failed; nothing was changed, so this is the request's error alone.
             return .failure(EIO)
         }
-        evictTablePages(keeping: volume)
+        evictTablePages(keeping: volume, pageOf: block)
         switch volume.table.lookup(block) {
         case .mapped(let mapping): return .success(mapping)
         default: return .success(nil)
         }
     }
-    var tablePagesUsed = 0
 
-    /// Keeps the tables within their bound: pages of the volumes in turn.
-    private func evictTablePages(keeping: Volume) {
-        guard tablePagesUsed > options.tablePages else { return }
-        let names = volumesByID.keys.sorted()
+    /// What is known of the block from now on; a page that was known to have few mappings may have
+    /// to be another one.
+    private func publish(_ volume: Volume, _ block: UInt64, _ mapping: Mapping?) {
+        let before = volume.table.bytes
+        let replaced = volume.table.publish(block, mapping)
+        tableBytes += volume.table.bytes - before
+        if let replaced { retirePages([replaced]) }
+    }
+
+    /// Keeps the tables within their bound: pages of the volumes in turn, but never the one that is
+    /// in use just now.
+    private func evictTablePages(keeping used: Volume, pageOf block: UInt64) {
+        guard tableBytes > options.tableBytes else { return }
         var addresses: [UInt] = []
         var forgetting: [Volume] = []
-        let goal = max(64, options.tablePages / 16)
-        for _ in 0..<names.count where addresses.count < goal {
-            pagesHand = (pagesHand + 1) % names.count
-            guard let volume = volumesByID[names[pagesHand]], volume !== keeping || names.count == 1
-            else { continue }
-            let before = addresses.count
-            volume.table.evict(goal - before) { addresses.append($0) }
-            if volume.hasGrants, addresses.count > before { forgetting.append(volume) }
+        let goal = max(0, options.tableBytes - Self.evictionSlack)
+        for _ in 0..<volumes.count where tableBytes > goal {
+            evictionHand = evictionHand + 1 < volumes.count ? evictionHand + 1 : 0
+            let volume = volumes[evictionHand]
+            let before = volume.table.bytes
+            guard before > 0 else { continue }
+            volume.table.evict(
+                bytes: tableBytes - goal, keeping: volume === used ? block : nil
+            ) { addresses.append($0) }
+            tableBytes -= before - volume.table.bytes
+            if volume.hasGrants, volume.table.bytes < before { forgetting.append(volume) }
         }
-        tablePagesUsed -= addresses.count
         retirePages(addresses)
         for volume in forgetting { volume.grantsForgotten = epochs.retire() }
     }
 
+    /// The volume's table knows nothing any more.
+    func dropTable(of volume: Volume) {
+        var addresses: [UInt] = []
+        tableBytes -= volume.table.bytes
+        volume.table.removeAll { addresses.append($0) }
+        retirePages(addresses)
+    }
+
     func retirePages(_ addresses: [UInt]) {
         guard !addresses.isEmpty else { return }
-        let stamp = epochs.retire()
-        for address in addresses { addDrain(stamp, .page(address)) }
+        addDrain(epochs.retire(), .pages(addresses))
         processDrains()
     }
 
@@ -263,8 +292,7 @@ public final class Pool: @unchecked Sendable {
         else { return false }
         // Only the table says so; the mapping on disk keeps its time.
         volume.hasGrants = true
-        volume.table.publish(
-            block, Mapping(block: mapping.block, time: volume.snapshottedTime))
+        publish(volume, block, Mapping(block: mapping.block, time: volume.snapshottedTime))
         return true
     }
 
@@ -329,11 +357,8 @@ public final class Pool: @unchecked Sendable {
             return .failed(EIO)
         }
         reservations -= 1
-        let before = volume.table.pages
-        volume.table.publish(block, Mapping(block: target, time: metadata.time))
-        // The first mapping of a page that was known to be empty makes it one that takes memory.
-        tablePagesUsed += volume.table.pages - before
-        evictTablePages(keeping: volume)
+        publish(volume, block, Mapping(block: target, time: metadata.time))
+        evictTablePages(keeping: volume, pageOf: block)
         markChanged(volume)
         return .done
     }
@@ -346,7 +371,7 @@ public final class Pool: @unchecked Sendable {
             var removed = false
             let next = try metadata.remove(volume.id, range, limit: limit) { block, _ in
                 removed = true
-                volume.table.publish(block.rawValue, nil)
+                publish(volume, block.rawValue, nil)
             }
             if removed { markChanged(volume) }
             return .success(next?.rawValue)
@@ -368,7 +393,9 @@ public final class Pool: @unchecked Sendable {
     /// After every batch of operations: bounds that are kept between operations, not inside.
     func endOperation() {
         metadata.trimCache()
-        if metadata.dirtyBlocks > options.cacheBlocks / 2 { requestCommit() }
+        if metadata.dirtyBlocks > min(options.bounds.dirtyBlocks, options.cacheBlocks / 2) {
+            requestCommit()
+        }
     }
 
     // MARK: - Commits
@@ -420,14 +447,14 @@ public final class Pool: @unchecked Sendable {
                 if discard && options.passDiscardsDown && !worker.discardRefused
                     && failure == nil
                 {
-                    discards.append(contentsOf: blocks)
+                    discards.append(blocks)
                     lock.signal()
                 } else {
                     metadata.makeAvailable(blocks)
                     resumesSpace = true
                 }
-            case .page(let address):
-                free(UnsafeMutableRawPointer(bitPattern: address))
+            case .pages(let addresses):
+                for address in addresses { free(UnsafeMutableRawPointer(bitPattern: address)) }
             case .quiesced:
                 worker.isQuiesced = true
                 lock.signal()
@@ -454,7 +481,7 @@ public final class Pool: @unchecked Sendable {
         for volume in volumesByID.values { volume.closeGate() }
         // Blocks on their way belong to the transaction that is gone.
         drains.removeAll { if case .blocks = $0.what { return true } else { return false } }
-        discards = []
+        discards = DiscardQueue()
         spareBlocks = []
         reservations = 0
         let waiters = commitWaiters + worker.takeWaiters() + flushes.takeSettled(all: true)
@@ -471,10 +498,7 @@ public final class Pool: @unchecked Sendable {
     /// Reads see the last committed state again, and the metadata is marked as needing a check.
     func rollBack() {
         for volume in volumesByID.values {
-            var addresses: [UInt] = []
-            volume.table.removeAll { addresses.append($0) }
-            tablePagesUsed -= addresses.count
-            retirePages(addresses)
+            dropTable(of: volume)
         }
         // A device that takes no write any more can perhaps be read.
         try? ThinMetadata.setNeedsCheck(metadataDevice, true)

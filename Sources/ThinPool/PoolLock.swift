@@ -4,10 +4,16 @@
 // unshared block.
 
 import Glibc
+import Synchronization
 
 final class PoolLock: @unchecked Sendable {
     private let mutex: UnsafeMutablePointer<pthread_mutex_t>
     private let condition: UnsafeMutablePointer<pthread_cond_t>
+    /// Threads that found the lock taken and have not got it yet.
+    private let waiting = Atomic<Int>(0)
+    /// How often somebody found it taken.
+    private let contended = Atomic<UInt64>(0)
+    private static let patience = 1000
 
     init() {
         mutex = .allocate(capacity: 1)
@@ -30,8 +36,28 @@ final class PoolLock: @unchecked Sendable {
         mutex.deallocate()
     }
 
-    func lock() { pthread_mutex_lock(mutex) }
+    func lock() {
+        if pthread_mutex_trylock(mutex) == 0 { return }
+        waiting.wrappingAdd(1, ordering: .relaxed)
+        contended.wrappingAdd(1, ordering: .relaxed)
+        pthread_mutex_lock(mutex)
+        waiting.wrappingSubtract(1, ordering: .relaxed)
+    }
     func unlock() { pthread_mutex_unlock(mutex) }
+
+    var contentions: UInt64 { contended.load(ordering: .relaxed) }
+
+    /// For background work that has more to do: gives the lock up, and takes it again when those
+    /// who wait have had it. A mutex alone would hand it back at once, before they are awake.
+    func letOthersIn() {
+        unlock()
+        var patience = Self.patience
+        repeat {
+            sched_yield()
+            patience -= 1
+        } while waiting.load(ordering: .relaxed) > 0 && patience > 0
+        lock()
+    }
 
     func withLock<Value, Failure: Error>(_ body: () throws(Failure) -> Value) throws(Failure)
         -> Value

@@ -22,6 +22,7 @@ public final class PoolThread: @unchecked Sendable {
     private var thread = pthread_t()
     private var isStopping = false
     private var isDraining = false
+    private var lastContentions: UInt64 = 0
     private var queue: (any IOQueue)?
     private let buffer: UnsafeMutableRawPointer
     private let vectors: UnsafeMutablePointer<iovec>
@@ -66,20 +67,23 @@ public final class PoolThread: @unchecked Sendable {
     }
 
     private func run() {
+        let nodes = pool.makeNodeReader()
         queue = try? makeIOQueue(entries: Self.queueEntries, allowRing: allowRing).0
         pool.lock.lock()
         defer { pool.lock.unlock() }
         while true {
-            switch pool.nextStep(now: monotonicNanoseconds()) {
+            let began = monotonicNanoseconds()
+            if pool.worker.isIdle { pool.readAheadOfDeletion(nodes) }
+            switch pool.nextStep(now: began) {
             case .io(let io):
                 pool.lock.unlock()
                 let results = perform(io)
                 pool.lock.lock()
                 pool.stepDone(results, now: monotonicNanoseconds())
+                rest(since: began)
             case .again:
-                pool.lock.unlock()
-                sched_yield()
-                pool.lock.lock()
+                pool.lock.letOthersIn()
+                rest(since: began)
             case .wait(let deadline):
                 if isStopping {
                     if pool.failure != nil || pool.isAtRest { return }
@@ -90,6 +94,24 @@ public final class PoolThread: @unchecked Sendable {
                     pool.lock.wait(until: deadline)
                 }
             }
+        }
+    }
+
+    /// Giving back what was deleted takes at most half of the time: on a machine with few
+    /// processors it would otherwise keep one of them from those who serve. A fifth, if others want
+    /// the lock.
+    private func rest(since began: UInt64) {
+        guard pool.worker.givesBack else { return }
+        pool.worker.givesBack = false
+        let now = monotonicNanoseconds()
+        let contentions = pool.lock.contentions
+        let share: UInt64 = contentions == lastContentions ? 1 : 4
+        lastContentions = contentions
+        let deadline = now + share * (now - began)
+        while !isStopping, !pool.commitRequested, pool.worker.changes.isEmpty,
+            monotonicNanoseconds() < deadline
+        {
+            pool.lock.wait(until: deadline)
         }
     }
 

@@ -94,6 +94,11 @@ struct IndexQueue: ~Copyable {
     @inline(__always)
     var isEmpty: Bool { state.pointee.count == 0 }
 
+    /// The value that is popped after so many others.
+    subscript(place: Int) -> Int32 {
+        state.pointee.ring[(state.pointee.head + place) & (state.pointee.capacity - 1)]
+    }
+
     @inline(__always)
     func append(_ value: Int32) {
         if state.pointee.count == state.pointee.capacity { grow() }

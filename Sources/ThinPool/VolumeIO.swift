@@ -48,6 +48,8 @@ public final class VolumeIO: @unchecked Sendable {
     private let flushing = IndexQueue()
     private var flushTicket: FlushLedger.Ticket?
 
+    var nodes: NodeReader?
+
     private var bounces: [UnsafeMutableRawPointer] = []
     private var bouncesMade = 0
     private let waitingForBounce = IndexQueue()
@@ -90,6 +92,7 @@ public final class VolumeIO: @unchecked Sendable {
         }
         for bounce in bounces { free(bounce) }
         bounces = []
+        nodes = nil
     }
 
     // MARK: - A turn
@@ -177,6 +180,7 @@ public final class VolumeIO: @unchecked Sendable {
         }
         // Filled blocks first: what waits for them is then resolved in the same turn.
         while let step = filled.popFirst() { insertFilled(step) }
+        if !asking.isEmpty { readAhead() }
         while let step = asking.popFirst() { resolve(step) }
         while let request = committing.popFirst() { joinCommit(request) }
         pool.endOperation()

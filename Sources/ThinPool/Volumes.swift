@@ -51,6 +51,7 @@ extension Pool {
         }
         volumesByName[entry.name] = volume
         volumesByID[id] = volume
+        volumes.append(volume)
     }
 
     func loadCatalogue() throws(PoolError) {

@@ -63,6 +63,8 @@ final class WorkerState {
     var discardRefused = false
     /// No metadata space to go on deleting, until something is committed.
     var deletionLacksSpace = false
+    /// The last step gave back what was deleted: it may wait if there is anything else to do.
+    var givesBack = false
     /// A commit was done since a discard or a slice of a deletion had its turn.
     var owesOthers = false
 
@@ -255,36 +257,44 @@ extension Pool {
     private func startDiscards() -> WorkerStep {
         if !spaceWaiters.isEmpty {
             // Somebody waits for a block: passing it down is worth less than that.
-            metadata.makeAvailable(discards)
-            discards = []
+            metadata.makeAvailable(discards.takeAll())
             refillSpareBlocks()
             resume(&spaceWaiters)
             return .again
         }
-        discards.sort()
-        var taken = 0
+        worker.givesBack = true
+        let blocks = discards.take(runs: options.bounds.discardsPerStep)
         var io: [WorkerIO] = []
-        while taken < discards.count, io.count < options.bounds.discardsPerStep {
-            let first = discards[taken].rawValue
+        var taken = 0
+        while taken < blocks.count {
+            let first = blocks[taken].rawValue
             var end = first
-            while taken < discards.count, discards[taken].rawValue == end {
+            while taken < blocks.count, blocks[taken].rawValue == end {
                 end += 1
                 taken += 1
             }
             io.append(.discardData(at: first * blockSize, length: (end - first) * blockSize))
         }
-        worker.activity = .discard(Array(discards.prefix(taken)))
-        discards.removeFirst(taken)
+        worker.activity = .discard(blocks)
         return inFlight(io)
     }
 
     // MARK: - Deletion
 
+    var nextDeletion: UInt32? {
+        catalogue.deleting.first(where: { !forgotten.contains($0) })
+    }
+
     /// One slice of the oldest deletion, or nil if there is none.
     private func deletionStep() -> WorkerStep? {
         guard !isReadOnly, !stopsDeleting, !worker.deletionLacksSpace,
-            let id = catalogue.deleting.first(where: { !forgotten.contains($0) })
+            let id = nextDeletion
         else { return nil }
+        if metadata.discardedBlocks >= options.bounds.deletionBatch {
+            requestCommit()
+            return .again
+        }
+        worker.givesBack = true
         do throws(MetadataError) {
             if try metadata.deleteSlice(ThinDeviceID(id), budget: options.bounds.deletionSlice) {
                 forgotten.insert(id)

@@ -37,7 +37,7 @@ struct ServeCommand: ParsableCommand {
     @Option(
         parsing: .unconditional,
         help: ArgumentHelp(
-            "Memory for the metadata cache (default: a sixteenth of the machine's, at most 64MiB).",
+            "Memory for the map of blocks (default: an eighth of the machine's, at most 320MiB).",
             valueName: "size"),
         transform: size)
     var cacheSize: ByteSize?
@@ -65,9 +65,8 @@ struct ServeCommand: ParsableCommand {
 
     private static let maxReactors = 256
     private static let defaultMaxReactors = 8
-    private static let cacheBytes: ClosedRange<UInt64> = 1 << 20...1 << 40
+    private static let cacheBytes: ClosedRange<UInt64> = 8 << 20...1 << 40
     private static let maxPayloadBytes: UInt64 = 1 << 40
-    private static let metadataBlockSize: UInt64 = 4096
 
     func validate() throws {
         if let reactors, !(1...Self.maxReactors).contains(reactors) {
@@ -78,7 +77,7 @@ struct ServeCommand: ParsableCommand {
         }
         if maxConnections < 1 { throw ValidationError("--max-connections is at least 1") }
         if let cacheSize, !Self.cacheBytes.contains(cacheSize.bytes) {
-            throw ValidationError("--cache-size is from 1MiB to 1TiB")
+            throw ValidationError("--cache-size is from 8MiB to 1TiB")
         }
         if let payloadMemory, payloadMemory.bytes > Self.maxPayloadBytes {
             throw ValidationError("--payload-memory is at most 1TiB")
@@ -125,9 +124,7 @@ struct ServeCommand: ParsableCommand {
         if let payloadMemory { options.payloadBytes = Int(payloadMemory.bytes) }
         options.io = io
         options.pool.readOnly = readOnly
-        if let cacheSize {
-            options.pool.cacheBlocks = Int(cacheSize.bytes / Self.metadataBlockSize)
-        }
+        if let cacheSize { options.setCache(bytes: Int(cacheSize.bytes)) }
         options.pool.commitInterval = UInt64(commitInterval * 1e9)
         return options
     }

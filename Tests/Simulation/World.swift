@@ -397,7 +397,7 @@ public final class World {
     var poolOptions: PoolOptions {
         var poolOptions = PoolOptions()
         poolOptions.cacheBlocks = options.cacheBlocks
-        poolOptions.tablePages = options.tablePages
+        poolOptions.tableBytes = options.tableBytes
         poolOptions.passDiscardsDown = options.passDiscardsDown
         poolOptions.bounds = options.bounds
         poolOptions.readOnly = isReadOnly

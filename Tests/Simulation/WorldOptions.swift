@@ -12,7 +12,7 @@ public struct WorldOptions {
     public var reactors = 2
     public var clients = 3
     public var cacheBlocks = 64
-    public var tablePages = 8
+    public var tableBytes = 1024
     public var bounds = PoolBounds()
     /// Volumes that are made, snapshots not counted.
     public var volumes = 6
@@ -77,7 +77,7 @@ public struct WorldOptions {
         reactors = 1 + random.below(3)
         clients = 1 + random.below(5)
         cacheBlocks = [8, 32, 256][random.below(3)]
-        tablePages = [1, 4, 64][random.below(3)]
+        tableBytes = [1, 512, 65_536][random.below(3)]
         bounds = .init(drawnFrom: &random)
         snapshots = !random.oneIn(4)
         discards = !random.oneIn(4)
@@ -100,7 +100,7 @@ public struct WorldOptions {
         hotBlock = random.oneIn(2) ? random.below(3) : nil
         churns = snapshots && deletions && random.oneIn(3)
         drills = snapshots && discards && random.oneIn(3)
-        if drills, random.oneIn(2) { tablePages = 1 }
+        if drills, random.oneIn(2) { tableBytes = 1 }
         slowOneIn = [3, 12, 12, 1000][random.below(4)]
         fuaOneIn = [2, 8][random.below(2)]
         wrongRequests = random.oneIn(3)
@@ -133,6 +133,7 @@ extension PoolBounds {
         unmapBatch = 1 + random.below(3)
         smallDeletion = UInt64(random.below(4))
         deletionSlice = 1 + random.below(3)
+        deletionBatch = 4 * deletionSlice
         discardsPerStep = 1 + random.below(2)
     }
 }

@@ -17,7 +17,7 @@ import ThinPool
     /// landed, or the copy would be without it.
     @Test func aCopyHasWhatWasAllowedInPlace() throws {
         var options = PoolOptions()
-        options.tablePages = 1
+        options.tableBytes = 1
         let bench = try Bench(options: options)
         for name in ["v", "w"] {
             try bench.change(.create(name: name, size: UInt64(2 * Self.block)))
@@ -47,6 +47,33 @@ import ThinPool
         let bytes = try bench.read(v, at: 0, length: 8192)
         #expect(bytes[..<512].allSatisfy { $0 == 2 }, "an acknowledged write is lost")
         #expect(bytes[4096..<4608].allSatisfy { $0 == 3 })
+    }
+
+    /// A volume of three pages of the mapping table, and room for fewer: whatever makes way for a
+    /// page, it is not the page that was loaded just now, or a mapped block would read as a hole.
+    @Test(arguments: [1, 2]) func aPageThatWasLoadedAnswers(volumes: Int) throws {
+        var options = PoolOptions()
+        options.tableBytes = 1
+        let bench = try Bench(options: options)
+        let page = 512 * Self.block
+        for name in ["v", "w"].prefix(volumes) {
+            try bench.change(.create(name: name, size: UInt64(3 * page)))
+        }
+        let v = try bench.volume("v")
+        for number in 0..<3 {
+            let data = UInt8(number + 1)
+            #expect(
+                try bench.write(data, v, at: number * page, length: Self.block) == 0)
+        }
+        for round in 0..<4 {
+            for number in 0..<3 {
+                let bytes = try bench.read(v, at: number * page, length: 512)
+                #expect(
+                    bytes.allSatisfy { $0 == UInt8(number + 1) }, "round \(round), page \(number)")
+            }
+        }
+        // The bound is kept, but for the page that was used last.
+        #expect(bench.pool.tableBytes <= 4096)
     }
 
     /// The device reports a failed flush once; another reactor's, which ran at the same time, ends

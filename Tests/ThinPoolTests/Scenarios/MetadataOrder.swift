@@ -21,7 +21,7 @@ import ThinPool
     private static func crampedOptions() -> PoolOptions {
         var options = PoolOptions()
         options.cacheBlocks = 8
-        options.tablePages = 1
+        options.tableBytes = 1
         return options
     }
 

@@ -1,0 +1,76 @@
+// The mapping table next to a dictionary: pages that are packed, become plain, go and come again.
+
+import Glibc
+import Simulation
+import Testing
+import ThinMetadata
+
+@testable import ThinPool
+
+@Suite struct MappingTableTests {
+    private static let pages: UInt64 = 4
+    private static let blocks = pages * MappingTable.pageEntries - 7
+
+    @Test(arguments: [0, 1, 40, 246, 247, 512]) func everyEntryIsWhatWasPublished(
+        mappedInAPage: Int
+    ) throws {
+        var random = SeededRandom(seed: UInt64(mappedInAPage + 1))
+        let table = try #require(MappingTable(blocks: Self.blocks))
+        var model: [UInt64: Mapping] = [:]
+        var replaced: [UInt] = []
+        func mapping() -> Mapping {
+            Mapping(
+                block: DataBlock(UInt64(random.below(1 << 20))), time: UInt32(random.below(9)))
+        }
+        for page in 0..<Self.pages {
+            let range = table.pageRange(of: page * MappingTable.pageEntries)
+            for block in Array(range).shuffled(using: &random).prefix(mappedInAPage) {
+                model[block] = mapping()
+            }
+        }
+        for step in 0..<4000 {
+            let block = UInt64(random.below(Int(Self.blocks)))
+            if case .unknown = table.lookup(block) {
+                table.load(pageOf: block) { set in
+                    for block in table.pageRange(of: block) {
+                        if let mapping = model[block] { set(VirtualBlock(block), mapping) }
+                    }
+                }
+            }
+            #expect(
+                table.lookup(block) == (model[block].map { .mapped($0) } ?? .unmapped),
+                "step \(step), block \(block)")
+            // Mostly what is mapped anyway: then a packed page stays one.
+            switch random.below(8) {
+            case 0 where mappedInAPage > 0 && step > 2000: model[block] = mapping()
+            case 1: model[block] = nil
+            case 2, 3, 4: if model[block] != nil { model[block] = mapping() }
+            case 5 where random.oneIn(20):
+                table.evict(bytes: 1, keeping: block) { replaced.append($0) }
+                #expect(table.lookup(block) != .unknown)
+                continue
+            default: break
+            }
+            if let old = table.publish(block, model[block]) { replaced.append(old) }
+        }
+        for block in 0..<Self.blocks {
+            let entry = table.lookup(block)
+            let expected: TableEntry = model[block].map { .mapped($0) } ?? .unmapped
+            #expect(entry == .unknown || entry == expected)
+        }
+        table.removeAll { replaced.append($0) }
+        #expect(table.bytes == 0)
+        for address in replaced { free(UnsafeMutableRawPointer(bitPattern: address)) }
+    }
+
+    /// What few mappings cost: a fraction of a plain page.
+    @Test func aPageTakesMemoryForWhatIsMapped() throws {
+        let table = try #require(MappingTable(blocks: Self.blocks))
+        table.load(pageOf: 0) { set in
+            for block in stride(from: UInt64(0), to: MappingTable.pageEntries, by: 16) {
+                set(VirtualBlock(block), Mapping(block: DataBlock(block), time: 1))
+            }
+        }
+        #expect(table.bytes < 400)
+    }
+}
