@@ -118,11 +118,11 @@ enum Micro {
         let known = (0..<samples).map { _ in VirtualBlock(random.below(mappings) * spacing) }
         var rows = [
             try Timing(
-                "metadata: random lookup in 10 M mappings", operations: samples, prepare: {},
-                body: { for block in known { keep(try metadata.lookup(id, block)) } }),
+                "metadata: random lookup in 10 M mappings", operations: samples, prepare: {}
+            ) { for block in known { keep(try metadata.lookup(id, block)) } },
             try Timing(
-                "metadata: exclusive by path, in 10 M", operations: samples, prepare: {},
-                body: { for block in known { keep(try metadata.isExclusive(id, block)) } }),
+                "metadata: exclusive by path, in 10 M", operations: samples, prepare: {}
+            ) { for block in known { keep(try metadata.isExclusive(id, block)) } },
         ]
         var next = mappings * spacing
         rows.append(

@@ -43,9 +43,7 @@ package struct Catalogue: Codable, Equatable, Sendable {
         /// Seconds since 1970.
         var created: UInt64
 
-        package init(
-            id: UInt32, name: String, size: UInt64, origin: String? = nil, created: UInt64
-        ) {
+        package init(id: UInt32, name: String, size: UInt64, origin: String? = nil, created: UInt64) {
             self.id = id
             self.name = name
             self.size = size
@@ -64,7 +62,12 @@ package struct Catalogue: Codable, Equatable, Sendable {
 
     /// - Returns: header and payload, padded with zeroes to whole blocks.
     package func encoded(blockSize: UInt64) throws(PoolError) -> [UInt8] {
-        let payload = try json()
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.sortedKeys]
+        let payload: [UInt8]
+        do { payload = [UInt8](try encoder.encode(self)) } catch {
+            throw PoolError(.failed, "the catalogue cannot be encoded: \(error)")
+        }
         let used = UInt64(CatalogueLayout.payload + payload.count)
         let total = (used + blockSize - 1) / blockSize * blockSize
         var bytes = [UInt8](repeating: 0, count: Int(total))
@@ -81,45 +84,6 @@ package struct Catalogue: Codable, Equatable, Sendable {
             }
         }
         return bytes
-    }
-
-    /// As JSONEncoder writes it with sorted keys, in a fraction of the time: each change writes all
-    /// entries, under the pool's lock.
-    func json() throws(PoolError) -> [UInt8] {
-        var text: [UInt8] = []
-        text.reserveCapacity(160 * volumes.count + 64)
-        func add(_ piece: String) { text.append(contentsOf: piece.utf8) }
-        add("{\"deleting\":[")
-        for (index, id) in deleting.enumerated() { add(index == 0 ? "\(id)" : ",\(id)") }
-        add("],\"volumes\":[")
-        for (index, entry) in volumes.enumerated() {
-            add(index == 0 ? "{\"created\":" : ",{\"created\":")
-            add(String(entry.created))
-            add(",\"id\":")
-            add(String(entry.id))
-            add(",\"name\":")
-            text += try Self.quoted(entry.name)
-            if let origin = entry.origin {
-                add(",\"origin\":")
-                text += try Self.quoted(origin)
-            }
-            add(",\"size\":")
-            add(String(entry.size))
-            add("}")
-        }
-        add("]}")
-        return text
-    }
-
-    /// A name as `VolumeRules` has it needs no escapes; another program's may.
-    private static func quoted(_ name: String) throws(PoolError) -> [UInt8] {
-        let needsEscapes = name.utf8.contains {
-            !(0x20..<0x7F).contains($0) || $0 == UInt8(ascii: "\"") || $0 == UInt8(ascii: "\\")
-        }
-        if !needsEscapes { return [UInt8(ascii: "\"")] + name.utf8 + [UInt8(ascii: "\"")] }
-        do { return [UInt8](try JSONEncoder().encode(name)) } catch {
-            throw PoolError(.failed, "the catalogue cannot be encoded: \(error)")
-        }
     }
 
     /// Bytes of header and payload together, told by the first 32 bytes.
