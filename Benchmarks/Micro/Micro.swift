@@ -29,7 +29,7 @@ enum Micro {
         let places = (0..<lookups).map { _ in random.below(UInt64(lookups)) }
         let epochs = Epochs()
         let reader = epochs.register()
-        var pins = EpochPins()
+        let pins = EpochPins()
         return [
             Timing("mapping table: random block, all mapped", operations: lookups) {
                 for place in places { keep(dense.lookup(place)) }

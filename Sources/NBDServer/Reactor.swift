@@ -70,9 +70,7 @@ final class Reactor {
     private static let queueEntries = 1024
     /// How long to look for completions before going to sleep, where that has paid of late: about
     /// what going to sleep and waking up costs, for the reactor and then for the client.
-    private static let clientSpinNanoseconds: UInt64 = 50_000
-    /// Less for a device: one that takes longer would cost a processor and gain little.
-    private static let deviceSpinNanoseconds: UInt64 = 20_000
+    private static let spinNanoseconds: UInt64 = 50_000
     /// Accepting pauses this long when there are no descriptors or no memory left.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     private static let longestTick: UInt64 = 1_000_000_000
@@ -180,13 +178,11 @@ final class Reactor {
         completionCount = 0
         if buffers.nextServed != nil { return try poll(wait: false) }
         let waitsForDevice = engine.inFlight > 0
-        let spin =
-            waitsForDevice ? Self.deviceSpinNanoseconds : Self.clientSpinNanoseconds
         if waitsForDevice ? deviceSpin.isGood : clientSpin.isGood {
             // Submits what was started, too.
             try poll(wait: false)
             if completionCount > 0 { return }
-            if queue.lookOut(nanoseconds: spin) {
+            if queue.lookOut(nanoseconds: Self.spinNanoseconds) {
                 try poll(wait: false)
                 if completionCount > 0 { return }
             }
@@ -194,7 +190,7 @@ final class Reactor {
         }
         let start = Self.now()
         try poll(wait: true)
-        if Self.now() - start < spin && hasNews {
+        if Self.now() - start < Self.spinNanoseconds && hasNews {
             if waitsForDevice { deviceSpin.wouldHavePaid() } else { clientSpin.wouldHavePaid() }
         }
     }

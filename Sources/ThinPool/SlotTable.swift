@@ -93,6 +93,7 @@ struct IndexQueue: ~Copyable {
 
     @inline(__always)
     var isEmpty: Bool { state.pointee.count == 0 }
+    var count: Int { state.pointee.count }
 
     /// The value that is popped after so many others.
     subscript(place: Int) -> Int32 {

@@ -61,8 +61,9 @@ public final class VolumeIO: @unchecked Sendable {
     }
     var inbox: [Message] = []
     private let hasMail = Atomic<Bool>(false)
-    /// Messages come from this reactor's own turn, whose end will find them. Under the pool's lock.
-    private var postsToItself = false
+    /// A turn is under way that looks for messages before it ends: nobody need wake the reactor.
+    /// Under the pool's lock.
+    private var looksForMail = false
 
     public init(pool: Pool, io: any DataIO, wake: @escaping @Sendable () -> Void) {
         self.pool = pool
@@ -165,7 +166,7 @@ public final class VolumeIO: @unchecked Sendable {
 
     private func underLock() {
         pool.lock.lock()
-        postsToItself = true
+        looksForMail = true
         hasMail.store(false, ordering: .relaxed)
         if !inbox.isEmpty {
             for message in inbox {
@@ -184,14 +185,14 @@ public final class VolumeIO: @unchecked Sendable {
         while let step = asking.popFirst() { resolve(step) }
         while let request = committing.popFirst() { joinCommit(request) }
         pool.endOperation()
-        postsToItself = false
+        looksForMail = false
         pool.lock.unlock()
     }
 
     /// Leaves a message for this reactor. The lock is held.
     func post(_ message: Message) {
         inbox.append(message)
-        if !hasMail.exchange(true, ordering: .releasing), !postsToItself { wake() }
+        if !hasMail.exchange(true, ordering: .releasing), !looksForMail { wake() }
     }
 
     // MARK: - Requests
@@ -539,9 +540,9 @@ public final class VolumeIO: @unchecked Sendable {
             waiters.append(.request(engine: index, request: request))
         }
         pool.lock.withLock {
-            postsToItself = true
+            looksForMail = true
             _ = pool.flushEnded(flushTicket!, error: max(-result, 0), waiters: waiters)
-            postsToItself = false
+            looksForMail = false
         }
         flushTicket = nil
     }
