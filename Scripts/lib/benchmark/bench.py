@@ -129,6 +129,7 @@ class Bench:
         if running is None:
             return
         try:
+            storage.warm(row.volume.space(self.options.size << 20))
             if row.volume is Volume.SNAPSHOT:
                 running.snapshot(kind)
             self.sample(storage, round_number, row, running, kind)
