@@ -281,6 +281,31 @@ import Testing
         try device.discard(at: 0, length: 0)
     }
 
+    @Test(arguments: ["/dev/shm", NSTemporaryDirectory()])
+    func holesAreWhereNothingWasWritten(folder: String) throws {
+        let block: UInt64 = 65_536
+        let scratch = Scratch(in: folder)
+        let device = try FileDevice(
+            path: scratch.file(size: 3 * block), access: .readWrite)
+        if folder == "/dev/shm" { #expect(device.isInMemory) }
+        let descriptor = device.fileDescriptor
+        func isHole(_ index: UInt64) -> Bool {
+            FileIO.isHole(descriptor, at: index * block, length: block)
+        }
+        #expect([0, 1, 2].map(isHole) == [true, true, true])
+        let page = AlignedBuffer(count: 4096)
+        memset(page.pointer, 7, page.count)
+        var vector = iovec(iov_base: page.pointer, iov_len: page.count)
+        // In the middle of a block: all of it is no hole any more.
+        let place = block + block / 2
+        #expect(FileIO.write(descriptor, at: place, vectors: &vector, count: 1) == 4096)
+        #expect([0, 1, 2].map(isHole) == [true, false, true])
+        try device.discard(at: block, length: block)
+        #expect([0, 1, 2].map(isHole) == [true, true, true])
+        #expect(FileIO.read(descriptor, at: place, into: page.pointer, length: 4096) == 4096)
+        #expect((0..<4096).allSatisfy { page.pointer.load(fromByteOffset: $0, as: UInt8.self) == 0 })
+    }
+
     @Test func zeroKeepsSpace() throws {
         let scratch = Scratch()
         let path = try scratch.file(size: 4 << 20)

@@ -28,8 +28,8 @@ final class Scratch: Sendable {
     let path: String
     private let files = Atomic<Int>(0)
 
-    init() throws {
-        var template = Array("/tmp/wafer-host-XXXXXX".utf8CString)
+    init(in parent: String = "/tmp") throws {
+        var template = Array("\(parent)/wafer-host-XXXXXX".utf8CString)
         guard mkdtemp(&template) != nil else { throw Failure("mkdtemp: \(errno)") }
         path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
     }

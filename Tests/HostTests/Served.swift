@@ -43,9 +43,10 @@ final class TestPool: Sendable {
 
     init(
         data: UInt64 = 256 * mebibyte, metadata: UInt64 = 4 * mebibyte,
-        blockSize: UInt64 = 64 * kibibyte, volumes: [(String, UInt64)] = []
+        blockSize: UInt64 = 64 * kibibyte, inMemory: Bool = false,
+        volumes: [(String, UInt64)] = []
     ) throws {
-        scratch = try Scratch()
+        scratch = try inMemory ? Scratch(in: "/dev/shm") : Scratch()
         path = scratch.file("pool")
         self.blockSize = blockSize
         try must(
