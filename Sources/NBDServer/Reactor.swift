@@ -71,6 +71,10 @@ final class Reactor {
     /// How long to look for completions before going to sleep, where that has paid of late: about
     /// what going to sleep and waking up costs, for the reactor and then for the client.
     private static let spinNanoseconds: UInt64 = 50_000
+    /// What being woken adds to a wait that was slept through.
+    private static let wakeNanoseconds: UInt64 = 25_000
+    /// Requests under way up to which a device is waited for so.
+    private static let spinDepth = 4
     /// Accepting pauses this long when there are no descriptors or no memory left.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     private static let longestTick: UInt64 = 1_000_000_000
@@ -178,7 +182,9 @@ final class Reactor {
         completionCount = 0
         if buffers.nextServed != nil { return try poll(wait: false) }
         let waitsForDevice = engine.inFlight > 0
-        if waitsForDevice ? deviceSpin.isGood : clientSpin.isGood {
+        // With more under way, sleeping lets several come together.
+        let isShallow = engine.inFlight <= Self.spinDepth
+        if waitsForDevice ? deviceSpin.isGood && isShallow : clientSpin.isGood {
             // Submits what was started, too.
             try poll(wait: false)
             if completionCount > 0 { return }
@@ -190,7 +196,7 @@ final class Reactor {
         }
         let start = Self.now()
         try poll(wait: true)
-        if Self.now() - start < Self.spinNanoseconds && hasNews {
+        if Self.now() - start < Self.spinNanoseconds + Self.wakeNanoseconds && hasNews {
             if waitsForDevice { deviceSpin.wouldHavePaid() } else { clientSpin.wouldHavePaid() }
         }
     }
