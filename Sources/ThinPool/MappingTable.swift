@@ -1,6 +1,7 @@
 // The map of one volume as the reactors read it: without a lock, without an allocation.
 //
-// A directory of pages; a page holds 512 consecutive virtual blocks. A page is either absent (ask
+// A directory of pages; a page holds 512 consecutive virtual blocks (fewer where a test wants many
+// pages). A page is either absent (ask
 // the metadata), known to be all unmapped, or complete: every entry of a present page is known.
 // A page with few mappings is packed: a bitmap of the blocks that had one when it was made, how
 // many there are before each word of the bitmap, and their entries alone. An entry that the bitmap
@@ -23,9 +24,8 @@ package enum TableEntry: Equatable {
 }
 
 package final class MappingTable: @unchecked Sendable {
-    static let pageEntries: UInt64 = 512
-    static let pageBytes = 4096
-    private static let pageShift: UInt64 = 9
+    /// Virtual blocks of a page, as a power of two: at most, and as a rule.
+    package static let longestPageShift: UInt64 = 9
 
     /// Directory words: 0 absent, 1 all unmapped, else the page's address, with a bit for a packed
     /// one.
@@ -37,15 +37,18 @@ package final class MappingTable: @unchecked Sendable {
     private static let unmappedWord: UInt64 = 0
 
     let blocks: UInt64
+    private let pageShift: UInt64
     private let pageCount: Int
     private let directoryBytes: Int
     private let directory: UnsafeMutablePointer<Atomic<UInt>>
     /// Bytes of the pages that are present. Under the lock.
     private(set) var bytes = 0
 
-    package init?(blocks: UInt64) {
+    package init?(blocks: UInt64, pageShift: UInt64 = MappingTable.longestPageShift) {
+        precondition(pageShift <= Self.longestPageShift)
         self.blocks = blocks
-        pageCount = Int((blocks + Self.pageEntries - 1) >> Self.pageShift)
+        self.pageShift = pageShift
+        pageCount = Int((blocks + (1 << pageShift) - 1) >> pageShift)
         directoryBytes = max(pageCount, 1) * MemoryLayout<Atomic<UInt>>.stride
         // Address space only: a page of the directory takes memory when it is first written.
         let memory = mmap(
@@ -60,12 +63,15 @@ package final class MappingTable: @unchecked Sendable {
         munmap(directory, directoryBytes)
     }
 
+    var pageEntries: UInt64 { 1 << pageShift }
+    private var pageBytes: Int { Int(pageEntries) * MemoryLayout<Atomic<UInt64>>.stride }
+
     @inline(__always)
     package func lookup(_ block: UInt64) -> TableEntry {
-        let word = directory[Int(block >> Self.pageShift)].load(ordering: .acquiring)
+        let word = directory[Int(block >> pageShift)].load(ordering: .acquiring)
         if word == Self.absent { return .unknown }
         if word == Self.hole { return .unmapped }
-        let place = Int(block & (Self.pageEntries - 1))
+        let place = Int(block & (pageEntries - 1))
         let entry: UInt64
         if word & Self.packedBit == 0 {
             let page = UnsafeMutablePointer<Atomic<UInt64>>(bitPattern: word)!
@@ -79,10 +85,13 @@ package final class MappingTable: @unchecked Sendable {
         return entry == Self.unmappedWord ? .unmapped : .mapped(Mapping(rawValue: ~entry))
     }
 
+    /// The number of the page that holds `block`.
+    func page(of block: UInt64) -> UInt64 { block >> pageShift }
+
     /// The virtual blocks of the page that holds `block`, clipped to the volume.
     package func pageRange(of block: UInt64) -> Range<UInt64> {
-        let first = block & ~(Self.pageEntries - 1)
-        return first..<min(first + Self.pageEntries, blocks)
+        let first = block & ~(pageEntries - 1)
+        return first..<min(first + pageEntries, blocks)
     }
 
     /// Adds a page whose entries `fill` tells: it calls its argument for every mapped block, in
@@ -91,22 +100,22 @@ package final class MappingTable: @unchecked Sendable {
         pageOf block: UInt64,
         fill: ((VirtualBlock, Mapping) -> Void) throws(Failure) -> Void
     ) throws(Failure) {
-        let index = Int(block >> Self.pageShift)
+        let index = Int(block >> pageShift)
         precondition(directory[index].load(ordering: .relaxed) == Self.absent)
         var places: [(place: Int, word: UInt64)] = []
-        places.reserveCapacity(Int(Self.pageEntries))
+        places.reserveCapacity(Int(pageEntries))
         try fill { block, mapping in
-            places.append((Int(block.rawValue & (Self.pageEntries - 1)), ~mapping.rawValue))
+            places.append((Int(block.rawValue & (pageEntries - 1)), ~mapping.rawValue))
         }
         var word = Self.hole
-        if places.count > PackedPage.mostEntries {
-            let page = Self.emptyPage()
+        if places.count > PackedPage.mostEntries(ofPageBytes: pageBytes) {
+            let page = emptyPage()
             for (place, entry) in places { page[place].store(entry, ordering: .relaxed) }
             word = UInt(bitPattern: page)
         } else if !places.isEmpty {
             word = PackedPage(places).address | Self.packedBit
         }
-        bytes += Self.size(word)
+        bytes += size(word)
         directory[index].store(word, ordering: .releasing)
     }
 
@@ -115,8 +124,8 @@ package final class MappingTable: @unchecked Sendable {
     /// - Returns: the address of a page that has been replaced, to be freed once the epoch has
     ///   drained.
     func publish(_ block: UInt64, _ mapping: Mapping?) -> UInt? {
-        let index = Int(block >> Self.pageShift)
-        let place = Int(block & (Self.pageEntries - 1))
+        let index = Int(block >> pageShift)
+        let place = Int(block & (pageEntries - 1))
         let entry = mapping.map { ~$0.rawValue } ?? Self.unmappedWord
         let word = directory[index].load(ordering: .relaxed)
         if word == Self.absent { return nil }
@@ -134,10 +143,10 @@ package final class MappingTable: @unchecked Sendable {
             }
         }
         guard mapping != nil else { return nil }
-        let page = Self.emptyPage()
+        let page = emptyPage()
         packed?.forEach { place, entry in page[place].store(entry, ordering: .relaxed) }
         page[place].store(entry, ordering: .relaxed)
-        bytes += Self.pageBytes - Self.size(word)
+        bytes += pageBytes - size(word)
         directory[index].store(UInt(bitPattern: page), ordering: .releasing)
         return packed?.address
     }
@@ -152,14 +161,18 @@ package final class MappingTable: @unchecked Sendable {
     }
 
     /// Takes pages of at least `count` bytes out, if there are as many, going on where the last
-    /// call stopped; not the one that holds `block`.
-    func evict(bytes count: Int, keeping block: UInt64?, _ body: (UInt) -> Void) {
-        let kept = block.map { Int($0 >> Self.pageShift) }
+    /// call stopped; not the one that holds `block`. `body` gets the number and address of each.
+    func evict(
+        bytes count: Int, keeping block: UInt64?, _ body: (_ page: UInt64, _ address: UInt) -> Void
+    ) {
+        let kept = block.map { Int($0 >> pageShift) }
         let goal = max(0, bytes - count)
         var looked = 0
         while bytes > goal, looked < pageCount {
             let word = directory[hand].load(ordering: .relaxed)
-            if word != Self.absent, word != Self.hole, hand != kept { remove(hand, word, body) }
+            if word != Self.absent, word != Self.hole, hand != kept {
+                remove(hand, word) { body(UInt64(hand), $0) }
+            }
             hand = hand + 1 < pageCount ? hand + 1 : 0
             looked += 1
         }
@@ -168,16 +181,16 @@ package final class MappingTable: @unchecked Sendable {
 
     private func remove(_ index: Int, _ word: UInt, _ body: (UInt) -> Void) {
         directory[index].store(Self.absent, ordering: .releasing)
-        bytes -= Self.size(word)
+        bytes -= size(word)
         if word != Self.hole { body(word & ~Self.packedBit) }
     }
 
-    private static func size(_ word: UInt) -> Int {
-        if word <= hole { return 0 }
-        return word & packedBit == 0 ? pageBytes : PackedPage(word & ~packedBit).size
+    private func size(_ word: UInt) -> Int {
+        if word <= Self.hole { return 0 }
+        return word & Self.packedBit == 0 ? pageBytes : PackedPage(word & ~Self.packedBit).size
     }
 
-    private static func emptyPage() -> UnsafeMutablePointer<Atomic<UInt64>> {
+    private func emptyPage() -> UnsafeMutablePointer<Atomic<UInt64>> {
         // A page is zero, which reads as unmapped.
         let memory = aligned_alloc(64, pageBytes)!
         memset(memory, 0, pageBytes)
@@ -192,7 +205,7 @@ private struct PackedPage {
     private static let ranks = words * 8
     private static let entries = ranks + words * 2
     /// More than these would take more than half of a plain page.
-    static let mostEntries = (MappingTable.pageBytes / 2 - entries) / 8
+    static func mostEntries(ofPageBytes bytes: Int) -> Int { max(0, bytes / 2 - entries) / 8 }
     /// What the allocator keeps for itself with each piece of memory.
     private static let overhead = 16
 
@@ -240,7 +253,7 @@ private struct PackedPage {
     }
 
     func forEach(_ body: (_ place: Int, _ word: UInt64) -> Void) {
-        for place in 0..<Int(MappingTable.pageEntries) {
+        for place in 0..<Self.words * 64 {
             if let slot = entry(place) { body(place, slot.pointee.load(ordering: .relaxed)) }
         }
     }

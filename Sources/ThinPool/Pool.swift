@@ -24,6 +24,8 @@ public struct PoolBounds: Sendable {
     public var window: Int32 = 64
     /// A run of adjacent blocks becomes one I/O of at most this many bytes.
     public var run: UInt64 = 4 << 20
+    /// Virtual blocks of a page of a mapping table, as a power of two.
+    public var tablePageShift = MappingTable.longestPageShift
     /// Mappings that one turn unmaps before others have theirs.
     public var unmapBatch = 512
     /// Mappings up to which a device is deleted in one go, not in the background.
@@ -115,7 +117,7 @@ public final class Pool: @unchecked Sendable {
         case blocks([DataBlock], discard: Bool)
         case pages([UInt])
         case quiesced
-        case writesInPlace
+        case writesInPlace(Volume, [UInt64])
     }
     var drains: [(stamp: UInt64, what: Drained)] = []
     let drainsPending = Atomic<Bool>(false)
@@ -251,21 +253,39 @@ public final class Pool: @unchecked Sendable {
     private func evictTablePages(keeping used: Volume, pageOf block: UInt64) {
         guard tableBytes > options.tableBytes else { return }
         var addresses: [UInt] = []
-        var forgetting: [Volume] = []
+        var forgotten: [(volume: Volume, pages: [UInt64])] = []
         let goal = max(0, options.tableBytes - Self.evictionSlack)
         for _ in 0..<volumes.count where tableBytes > goal {
             evictionHand = evictionHand + 1 < volumes.count ? evictionHand + 1 : 0
             let volume = volumes[evictionHand]
             let before = volume.table.bytes
             guard before > 0 else { continue }
+            var pages: [UInt64] = []
             volume.table.evict(
                 bytes: tableBytes - goal, keeping: volume === used ? block : nil
-            ) { addresses.append($0) }
+            ) { page, address in
+                pages.append(page)
+                addresses.append(address)
+            }
             tableBytes -= before - volume.table.bytes
-            if volume.hasGrants, volume.table.bytes < before { forgetting.append(volume) }
+            if volume.hasGrants, !pages.isEmpty { forgotten.append((volume, pages)) }
         }
         retirePages(addresses)
-        for volume in forgetting { volume.grantsForgotten = epochs.retire() }
+        for (volume, pages) in forgotten { forgetGrants(of: volume, pages) }
+    }
+
+    private func forgetGrants(of volume: Volume, _ pages: [UInt64]) {
+        let stamp = epochs.retire()
+        for page in pages { volume.forgottenPages[page] = stamp }
+        addDrain(stamp, .writesInPlace(volume, pages))
+    }
+
+    /// No write in place is under way any more that these pages had allowed.
+    private func grantsDrained(_ volume: Volume, _ pages: [UInt64], _ stamp: UInt64) {
+        for page in pages where volume.forgottenPages[page] == stamp {
+            volume.forgottenPages[page] = nil
+        }
+        resume(&drainWaiters)
     }
 
     /// The volume's table knows nothing any more.
@@ -296,16 +316,12 @@ public final class Pool: @unchecked Sendable {
         return true
     }
 
-    /// Whether a copy of one of the volume's blocks would have all that was written to it.
+    /// Whether a copy of the volume's block would have all that was written to it.
     ///
     /// Writes in place that `isExclusive` allowed may still be in flight when the table has forgotten
-    /// that it did, and by then the answer may be another.
-    func mayCopy(from volume: Volume) -> Bool { epochs.hasDrained(volume.grantsForgotten) }
-
-    /// Parks a step until `mayCopy` is true.
-    func parkUntilDrained(_ reference: StepReference, _ volume: Volume) {
-        park(reference, in: &drainWaiters)
-        addDrain(volume.grantsForgotten, .writesInPlace)
+    /// that it did, and by then the answer may be another. If not, the step parks in `drainWaiters`.
+    func mayCopy(_ block: UInt64, of volume: Volume) -> Bool {
+        volume.forgottenPages[volume.table.page(of: block)] == nil
     }
 
     /// A block to fill; nil: wait, one may come with the next commit.
@@ -458,8 +474,8 @@ public final class Pool: @unchecked Sendable {
             case .quiesced:
                 worker.isQuiesced = true
                 lock.signal()
-            case .writesInPlace:
-                resume(&drainWaiters)
+            case .writesInPlace(let volume, let pages):
+                grantsDrained(volume, pages, drains[done].stamp)
             }
             done += 1
         }

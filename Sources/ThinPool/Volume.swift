@@ -44,15 +44,17 @@ public final class Volume: @unchecked Sendable {
     var pendingTime: UInt32?
     /// The table has allowed writes in place to blocks whose mapping's time says that they are shared.
     var hasGrants = false
-    /// The epoch's stamp when the table last forgot such a grant; 0: never.
-    var grantsForgotten: UInt64 = 0
+    /// Pages of the table that may have held such grants and have been given up: by the epoch's stamp
+    /// of that moment, until it has drained.
+    var forgottenPages: [UInt64: UInt64] = [:]
     /// Writes that wait for a snapshot to be taken.
     var heldSteps = ParkedSteps()
 
     init?(name: String, size: UInt64, id: ThinDeviceID, blockSize: UInt64,
-        snapshottedTime: UInt32, isReadOnly: Bool)
+        snapshottedTime: UInt32, isReadOnly: Bool, tablePageShift: UInt64)
     {
-        guard let table = MappingTable(blocks: (size + blockSize - 1) / blockSize) else {
+        let blocks = (size + blockSize - 1) / blockSize
+        guard let table = MappingTable(blocks: blocks, pageShift: tablePageShift) else {
             return nil
         }
         self.name = name

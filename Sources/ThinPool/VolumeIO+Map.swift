@@ -33,8 +33,8 @@ extension VolumeIO {
                 startInPlace(index, mapping)
             } else if pool.isExclusive(volume, step.pointee.virtualBlock, mapping) {
                 startInPlace(index, mapping)
-            } else if !pool.mayCopy(from: volume) {
-                pool.parkUntilDrained(reference(index), volume)
+            } else if !pool.mayCopy(step.pointee.virtualBlock, of: volume) {
+                pool.park(reference(index), in: &pool.drainWaiters)
             } else {
                 startFill(index, volume, key, old: mapping)
             }

@@ -44,7 +44,8 @@ extension Pool {
         guard
             let volume = Volume(
                 name: entry.name, size: entry.size, id: id, blockSize: blockSize,
-                snapshottedTime: details.snapshottedTime, isReadOnly: isReadOnly)
+                snapshottedTime: details.snapshottedTime, isReadOnly: isReadOnly,
+                tablePageShift: options.bounds.tablePageShift)
         else {
             problems.append("volume \"\(entry.name)\" cannot be opened: out of address space")
             return

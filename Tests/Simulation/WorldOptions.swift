@@ -130,6 +130,8 @@ extension PoolBounds {
         bounces = 1 + random.below(3)
         window = Int32(1 + random.below(3))
         run = UInt64(65_536 * (1 + random.below(3)))
+        // Few volumes here have more than some dozens of blocks.
+        tablePageShift = [0, 1, 3, 6, 9][random.below(5)]
         unmapBatch = 1 + random.below(3)
         smallDeletion = UInt64(random.below(4))
         deletionSlice = 1 + random.below(3)

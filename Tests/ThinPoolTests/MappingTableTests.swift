@@ -9,7 +9,8 @@ import ThinMetadata
 
 @Suite struct MappingTableTests {
     private static let pages: UInt64 = 4
-    private static let blocks = pages * MappingTable.pageEntries - 7
+    private static let pageEntries = UInt64(1) << MappingTable.longestPageShift
+    private static let blocks = pages * pageEntries - 7
 
     @Test(arguments: [0, 1, 40, 246, 247, 512]) func everyEntryIsWhatWasPublished(
         mappedInAPage: Int
@@ -23,7 +24,7 @@ import ThinMetadata
                 block: DataBlock(UInt64(random.below(1 << 20))), time: UInt32(random.below(9)))
         }
         for page in 0..<Self.pages {
-            let range = table.pageRange(of: page * MappingTable.pageEntries)
+            let range = table.pageRange(of: page * Self.pageEntries)
             for block in Array(range).shuffled(using: &random).prefix(mappedInAPage) {
                 model[block] = mapping()
             }
@@ -46,7 +47,7 @@ import ThinMetadata
             case 1: model[block] = nil
             case 2, 3, 4: if model[block] != nil { model[block] = mapping() }
             case 5 where random.oneIn(20):
-                table.evict(bytes: 1, keeping: block) { replaced.append($0) }
+                table.evict(bytes: 1, keeping: block) { replaced.append($1) }
                 #expect(table.lookup(block) != .unknown)
                 continue
             default: break
@@ -67,7 +68,7 @@ import ThinMetadata
     @Test func aPageTakesMemoryForWhatIsMapped() throws {
         let table = try #require(MappingTable(blocks: Self.blocks))
         table.load(pageOf: 0) { set in
-            for block in stride(from: UInt64(0), to: MappingTable.pageEntries, by: 16) {
+            for block in stride(from: UInt64(0), to: Self.pageEntries, by: 16) {
                 set(VirtualBlock(block), Mapping(block: DataBlock(block), time: 1))
             }
         }
