@@ -61,7 +61,8 @@ public protocol IOQueue: AnyObject {
 
     /// Submits what was started, waits until there is a completion (if `wait`), and calls `body`
     /// with the tag and result (bytes or -errno) of everything that has completed. `body` may
-    /// start operations, and may not call `run`. May return without a completion (a signal).
+    /// start operations, and may not call `run`. May return without a completion (a signal). What
+    /// is known to have completed already may be delivered first; the next call submits then.
     /// With `wait` and nothing outstanding it would wait for ever.
     ///
     /// An error is final: the queue itself does not work any more.

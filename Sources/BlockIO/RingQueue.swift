@@ -3,8 +3,8 @@
 //
 // 1. An operation in a submission entry is never dropped: when the entries are full they are
 //    submitted at once.
-// 2. Completions that must be taken from the ring outside of `run` go to `stash`, and the next
-//    `run` delivers them first, without waiting.
+// 2. Sends that are done at once, and completions that must be taken from the ring outside of `run`,
+//    go to `stash`, and the next `run` delivers them first, without waiting.
 // 3. An error of the ring that is not about one operation is kept in `failure`; every `run` from
 //    then on throws it.
 
