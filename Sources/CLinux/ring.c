@@ -202,10 +202,14 @@ int clinux_ring_submit_and_collect(struct clinux_ring *ring) {
     return io_uring_submit_and_get_events(&ring->ring);
 }
 
+// The kernel has completions that it posts only when it is entered.
+static inline bool holds_completions(const struct clinux_ring *ring) {
+    return IO_URING_READ_ONCE(*ring->ring.sq.kflags)
+        & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
+}
+
 bool clinux_ring_wants_entry(const struct clinux_ring *ring) {
-    return io_uring_sq_ready(&ring->ring) != 0
-        || (IO_URING_READ_ONCE(*ring->ring.sq.kflags)
-            & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW));
+    return io_uring_sq_ready(&ring->ring) != 0 || holds_completions(ring);
 }
 
 static uint64_t monotonic_nanoseconds(void) {
@@ -228,10 +232,7 @@ bool clinux_ring_look_out(const struct clinux_ring *ring, uint64_t nanoseconds) 
     uint64_t deadline = monotonic_nanoseconds() + nanoseconds;
     do {
         for (int look = 0; look < LOOKS_PER_CLOCK; look++) {
-            if (io_uring_cq_ready(&ring->ring) != 0) return true;
-            if (IO_URING_READ_ONCE(*ring->ring.sq.kflags)
-                & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW))
-                return true;
+            if (io_uring_cq_ready(&ring->ring) != 0 || holds_completions(ring)) return true;
             relax();
         }
     } while (monotonic_nanoseconds() < deadline);

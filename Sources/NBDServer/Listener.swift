@@ -176,10 +176,10 @@ struct Listener: Sendable {
 
     // MARK: - Accepted connections
 
-    /// Seconds without traffic before a TCP connection is probed, between probes, and their number.
     /// Bytes of replies that the kernel takes before the client has read any: several of 128 KiB.
     /// A quarter more 128 KiB reads a second than with Linux's 208 KiB.
     private static let sendBuffer: Int32 = 512 << 10
+    /// Seconds without traffic before a TCP connection is probed, between probes, and their number.
     private static let keepAlive: (idle: Int32, interval: Int32, count: Int32) = (60, 10, 6)
 
     /// Sets what a connection needs. Failures are not serious: the connection works without.

@@ -12,6 +12,7 @@ final class QueueDataIO: DataIO {
     private let queue: any IOQueue
     private let fd: Int32
     private let isInMemory: Bool
+
     /// A zeroing that is done by writing: where it is, and what is left.
     private struct Zeroing {
         var engineTag: UInt64 = 0

@@ -16,23 +16,22 @@ struct DiscardQueue {
 
     mutating func append(_ more: [DataBlock]) { blocks += more }
 
-    /// The next blocks, ascending: as many as make up so many runs of neighbours.
-    mutating func take(runs: Int) -> [DataBlock] {
+    /// The next blocks, in at most so many runs of neighbours, ascending.
+    mutating func take(runs limit: Int) -> [ArraySlice<DataBlock>] {
         if next == sorted {
             sorted = min(next + Self.portion, blocks.count)
             blocks[next..<sorted].sort()
         }
-        var left = runs
-        var end = next
-        while end < sorted {
-            if end == next || blocks[end].rawValue != blocks[end - 1].rawValue + 1 {
-                if left == 0 { break }
-                left -= 1
-            }
-            end += 1
+        var runs: [ArraySlice<DataBlock>] = []
+        var start = next
+        while start < sorted, runs.count < limit {
+            var end = start + 1
+            while end < sorted, blocks[end].rawValue == blocks[end - 1].rawValue + 1 { end += 1 }
+            runs.append(blocks[start..<end])
+            start = end
         }
-        defer { drop(to: end) }
-        return Array(blocks[next..<end])
+        drop(to: start)
+        return runs
     }
 
     mutating func takeAll() -> [DataBlock] {

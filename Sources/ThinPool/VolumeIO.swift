@@ -48,6 +48,7 @@ public final class VolumeIO: @unchecked Sendable {
     private let flushing = IndexQueue()
     private var flushTicket: FlushLedger.Ticket?
 
+    /// Reads metadata ahead; made when something is first missing.
     var nodes: NodeReader?
 
     private var bounces: [UnsafeMutableRawPointer] = []

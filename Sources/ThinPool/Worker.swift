@@ -263,20 +263,14 @@ extension Pool {
             return .again
         }
         worker.givesBack = true
-        let blocks = discards.take(runs: options.bounds.discardsPerStep)
-        var io: [WorkerIO] = []
-        var taken = 0
-        while taken < blocks.count {
-            let first = blocks[taken].rawValue
-            var end = first
-            while taken < blocks.count, blocks[taken].rawValue == end {
-                end += 1
-                taken += 1
-            }
-            io.append(.discardData(at: first * blockSize, length: (end - first) * blockSize))
-        }
+        let runs = discards.take(runs: options.bounds.discardsPerStep)
+        let blocks = runs.flatMap { $0 }
         worker.activity = .discard(blocks)
-        return inFlight(io)
+        return inFlight(
+            runs.map { run in
+                .discardData(
+                    at: run.first!.rawValue * blockSize, length: UInt64(run.count) * blockSize)
+            })
     }
 
     // MARK: - Deletion

@@ -30,6 +30,18 @@ def is_linear(points, size, key, floor):
     return True
 
 
+def growth(what, points, size):
+    """The goals that opening and memory grow no faster than linearly."""
+    first, last = points[0], points[-1]
+    return [
+        (f"{what}: open time grows at most linearly",
+         f"{first['open_s'] * 1000:.0f} to {last['open_s'] * 1000:.0f} ms",
+         is_linear(points, size, "open_s", 0.1)),
+        (f"{what}: memory grows at most linearly",
+         f"{first['rss_mib']:.0f} to {last['rss_mib']:.0f} MiB",
+         is_linear(points, size, "rss_mib", 64))]
+
+
 def reads(maker, short):
     """16 TiB, 20 million mappings: opening, and random reads within bounds of memory."""
     pool = maker.pool("--size", "16TiB", "--mappings", 20 * MILLION)
@@ -77,14 +89,7 @@ def mappings(maker, short):
                     rss_mib=server.memory()))
         finally:
             pool.remove()
-    last = points[-1]
-    return dict(points=points), [
-        ("1 to 20 M mappings: open time grows at most linearly",
-         f"{points[0]['open_s'] * 1000:.0f} to {last['open_s'] * 1000:.0f} ms",
-         is_linear(points, "mappings", "open_s", 0.1)),
-        ("1 to 20 M mappings: memory grows at most linearly",
-         f"{points[0]['rss_mib']:.0f} to {last['rss_mib']:.0f} MiB",
-         is_linear(points, "mappings", "rss_mib", 64))]
+    return dict(points=points), growth("1 to 20 M mappings", points, "mappings")
 
 
 def snapshot(maker, short):
@@ -169,12 +174,7 @@ def volumes(maker, short):
         ("  one volume more, a snapshot, a deletion: 100 ms each",
          ", ".join(f"{last[key] * 1000:.0f}" for key in ("create_s", "snapshot_s", "delete_s"))
          + " ms", max(last["create_s"], last["snapshot_s"], last["delete_s"]) < 0.1),
-        ("100 to 10,000 volumes: open time grows at most linearly",
-         f"{points[0]['open_s'] * 1000:.0f} to {last['open_s'] * 1000:.0f} ms",
-         is_linear(points, "volumes", "open_s", 0.1)),
-        ("100 to 10,000 volumes: memory grows at most linearly",
-         f"{points[0]['rss_mib']:.0f} to {last['rss_mib']:.0f} MiB",
-         is_linear(points, "volumes", "rss_mib", 64))]
+        *growth("100 to 10,000 volumes", points, "volumes")]
 
 
 def chain(maker, short):
