@@ -142,6 +142,47 @@ extension ThinMetadata {
         return try store.dataCount(Mapping(rawValue: value).block) == 1
     }
 
+    /// Calls `body` for each mapping in `from..<limit` of the leaf that `from` belongs to, and says
+    /// whether anybody else has its data in the open transaction, so that a write has to copy it.
+    ///
+    /// Unlike `isExclusive` it tells the present state alone, not what a crash may bring back.
+    /// - Returns: as `visitLeaf`.
+    public func visitSharing(
+        _ id: ThinDeviceID, from: VirtualBlock, limit: VirtualBlock,
+        _ body: (VirtualBlock, _ isShared: Bool) -> Void
+    ) throws(MetadataError) -> VirtualBlock {
+        let record = try existing(id)
+        var isOwn = try isOwnPath(superblock.mappingRoot, .topLevel, UInt64(id.rawValue))
+        if isOwn { isOwn = try isOwnPath(record.root, .mapping, from.rawValue) }
+        var failure: MetadataError?
+        let next = try visitLeaf(id, from: from, limit: limit) { block, mapping in
+            guard failure == nil else { return }
+            var isShared = mapping.time < record.details.snapshottedTime
+            if isShared, isOwn {
+                do throws(MetadataError) {
+                    isShared = try store.dataCount(mapping.block) > 1
+                } catch { failure = error }
+            }
+            body(block, isShared)
+        }
+        if let failure { throw failure }
+        return next
+    }
+
+    /// Whether all nodes on the way to the key's leaf have one reference.
+    private func isOwnPath(
+        _ root: UInt64, _ kind: TreeKind, _ key: UInt64
+    ) throws(MetadataError) -> Bool {
+        var block = root
+        for _ in 0..<NodeCache.maxDepth {
+            guard try store.count(block) == 1 else { return false }
+            let node = try store.cache.node(block, kind)
+            if node.isLeaf { return true }
+            block = node.value(max(0, node.floorIndex(key)))
+        }
+        throw NodeCache.tooDeep(root)
+    }
+
     /// The value of `key` if all nodes that lead to it have one reference.
     private func exclusiveEntry(
         _ root: UInt64, _ kind: TreeKind, _ key: UInt64

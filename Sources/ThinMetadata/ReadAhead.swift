@@ -21,6 +21,14 @@ extension ThinMetadata {
         }
     }
 
+    /// Whether nothing has to be read to get at the virtual block's leaf.
+    public func hasLeafInMemory(
+        _ id: ThinDeviceID, _ virtual: VirtualBlock
+    ) throws(MetadataError) -> Bool {
+        let root = try existing(id).root
+        return try store.cache.missingNode(root, .mapping, for: virtual.rawValue).missing == nil
+    }
+
     /// A node that was read since `blockReuses` was this; of no use if it has changed.
     public func offer(_ block: MetadataBlock, _ memory: UnsafeRawPointer, readAt reuses: UInt64) {
         if reuses == blockReuses { store.cache.adopt(block.rawValue, memory, .mapping) }

@@ -26,6 +26,8 @@ public protocol DataIO: AnyObject {
 
 @frozen public enum VolumeOperation: UInt8, Sendable, BitwiseCopyable {
     case read, write, flush, trim, writeZeroes, cache
+    /// Block status: answers the request's query.
+    case extents
 }
 
 /// A request that the server has validated: inside the volume, aligned to 512 bytes, allowed.
@@ -42,13 +44,16 @@ public struct VolumeRequest {
     public var fua: Bool
     /// Write zeroes: provision, so that later writes cannot run out of space.
     public var noHole: Bool
+    /// Extents: what is asked, and where the answer goes. Not retained: whoever submits the request
+    /// keeps it until that is finished.
+    public unowned(unsafe) var query: ExtentQuery?
     /// The caller's; comes back from `takeFinished`.
     public var cookie: UInt64
 
     public init(
         operation: VolumeOperation, volume: Volume, offset: UInt64, length: UInt64,
         buffer: UnsafeMutableRawPointer? = nil, fua: Bool = false, noHole: Bool = false,
-        cookie: UInt64
+        query: ExtentQuery? = nil, cookie: UInt64
     ) {
         self.operation = operation
         self.volume = volume
@@ -57,6 +62,7 @@ public struct VolumeRequest {
         self.buffer = buffer
         self.fua = fua
         self.noHole = noHole
+        self.query = query
         self.cookie = cookie
     }
 }

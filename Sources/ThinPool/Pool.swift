@@ -28,6 +28,10 @@ public struct PoolBounds: Sendable {
     public var tablePageShift = MappingTable.longestPageShift
     /// Mappings that one turn unmaps before others have theirs.
     public var unmapBatch = 512
+    /// Steps that a query of the map takes for each of its kinds, and those that are taken in one
+    /// turn. A step is a leaf, with 84 to 252 mappings as a rule.
+    public var extentSteps = 256
+    public var extentSlice = 16
     /// Mappings up to which a device is deleted in one go, not in the background.
     public var smallDeletion: UInt64 = 4096
     /// Mappings that one slice of a background deletion gives back.

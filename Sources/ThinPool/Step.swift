@@ -15,6 +15,7 @@ struct Request: BitwiseCopyable {
     var cursor: UInt64 = 0
     var end: UInt64 = 0
     var buffer: UnsafeMutableRawPointer?
+    var query: Unmanaged<ExtentQuery>?
     var cookie: UInt64 = 0
     /// Steps outstanding.
     var pending: Int32 = 0
@@ -30,6 +31,8 @@ enum StepIntent: UInt8, BitwiseCopyable {
     case zero
     /// Unmap a range of whole blocks.
     case unmap
+    /// Answer a query of the map.
+    case extents
 }
 
 /// Where a step is. `asks` is the only phase in which the pool's lock is needed.

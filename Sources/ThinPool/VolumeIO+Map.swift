@@ -13,6 +13,7 @@ extension VolumeIO {
         let step = steps[index]
         let volume = requests[step.pointee.request].pointee.volume!.takeUnretainedValue()
         if step.pointee.intent == .read { return resolveRead(index, volume) }
+        if step.pointee.intent == .extents { return resolveExtents(index, volume) }
         if pool.failure != nil { return fail(index, EIO) }
         if volume.isReadOnly || pool.isReadOnly { return fail(index, EPERM) }
         if volume.isHeld { return pool.park(reference(index), in: &volume.heldSteps) }

@@ -14,10 +14,16 @@ extension VolumeIO {
         pool.readAhead(reader) { () throws(MetadataError) in
             for place in 0..<asking.count where !reader.isFull {
                 let step = steps[asking[place]]
+                let request = requests[step.pointee.request]
                 guard step.pointee.intent != .unmap,
-                    let volume = requests[step.pointee.request].pointee.volume?
-                        .takeUnretainedValue(),
-                    case .unknown = volume.table.lookup(step.pointee.virtualBlock)
+                    let volume = request.pointee.volume?.takeUnretainedValue()
+                else { continue }
+                if let query = request.pointee.query {
+                    try pool.forEachMissingNode(
+                        of: query.takeUnretainedValue(), volume, reader.want)
+                    continue
+                }
+                guard case .unknown = volume.table.lookup(step.pointee.virtualBlock)
                 else { continue }
                 try pool.metadata.forEachMissingNode(
                     volume.id, volume.table.pageRange(of: step.pointee.virtualBlock),

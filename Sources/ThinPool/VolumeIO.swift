@@ -38,7 +38,7 @@ public final class VolumeIO: @unchecked Sendable {
 
     /// Steps that need the lock; steps whose block is filled; steps that have I/O to issue.
     let asking = IndexQueue()
-    /// Unmaps that go on in the next turn, so that everybody else gets one in between.
+    /// Unmaps and queries that go on in the next turn, so that everybody else gets one in between.
     let askingAgain = IndexQueue()
     let filled = IndexQueue()
     let ready = IndexQueue()
@@ -115,7 +115,8 @@ public final class VolumeIO: @unchecked Sendable {
             operation: request.operation, fua: request.fua, noHole: request.noHole,
             volume: Unmanaged.passUnretained(request.volume), offset: request.offset,
             cursor: request.offset, end: request.offset + request.length,
-            buffer: request.buffer, cookie: request.cookie)
+            buffer: request.buffer, query: request.query.map { .passUnretained($0) },
+            cookie: request.cookie)
         switch request.operation {
         case .read, .write, .writeZeroes:
             advance(index)
@@ -126,6 +127,8 @@ public final class VolumeIO: @unchecked Sendable {
             makeDurable(index)
         case .cache:
             finish(index)
+        case .extents:
+            beginExtents(index)
         }
     }
 
@@ -332,7 +335,7 @@ public final class VolumeIO: @unchecked Sendable {
 
     // MARK: - Steps
 
-    private func newStep(_ request: Int32, _ intent: StepIntent) -> Int32 {
+    func newStep(_ request: Int32, _ intent: StepIntent) -> Int32 {
         let index = steps.take()
         steps[index].pointee = Step()
         steps[index].pointee.request = request
@@ -500,9 +503,13 @@ public final class VolumeIO: @unchecked Sendable {
     private func makeDurable(_ index: Int32) {
         let request = requests[index]
         if request.pointee.error != 0 { return finish(index) }
-        let isFlush = request.pointee.operation == .flush
-        guard isFlush || request.pointee.fua, request.pointee.operation != .read else {
-            return finish(index)
+        let isFlush: Bool
+        switch request.pointee.operation {
+        case .flush: isFlush = true
+        case .read, .cache, .extents: return finish(index)
+        case .write, .trim, .writeZeroes:
+            guard request.pointee.fua else { return finish(index) }
+            isFlush = false
         }
         let volume = request.pointee.volume!.takeUnretainedValue()
         if volume.changedIn.load(ordering: .acquiring)

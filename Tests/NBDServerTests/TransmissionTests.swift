@@ -28,7 +28,7 @@ private final class TestSink: RequestSink {
             image.replaceSubrange(range, with: source)
         case .writeZeroes, .trim:
             image.replaceSubrange(range, with: repeatElement(0, count: range.count))
-        case .flush, .cache: break
+        case .flush, .cache, .extents: break
         }
     }
 }

@@ -266,6 +266,9 @@ final class Harness {
                 }
             }
             try verifyVisit(thin, expected, &random)
+            try verifySharing(thin, expected, uses[0])
+            let other = model.ids[random.below(model.ids.count)]
+            try verifyDifferences(id, other, &random)
         }
     }
 
@@ -284,5 +287,56 @@ final class Harness {
             at = next
         }
         #expect(seen == expected.mappings.filter { (from..<limit).contains($0.key) })
+    }
+
+    /// Shared is what is older than the last snapshot and still has another user.
+    func verifySharing(
+        _ id: ThinDeviceID, _ expected: ImageDevice, _ uses: [UInt64: Int]
+    ) throws {
+        var at = VirtualBlock(0)
+        var told: [UInt64: Bool] = [:]
+        while at.rawValue < UInt64.max {
+            at = try pool.visitSharing(id, from: at, limit: VirtualBlock(.max)) {
+                told[$0.rawValue] = $1
+            }
+        }
+        let shared = expected.mappings.mapValues { raw in
+            raw & 0xFF_FFFF < UInt64(expected.snapped) && uses[raw >> 24]! > 1
+        }
+        #expect(told == shared)
+    }
+
+    func verifyDifferences(
+        _ id: UInt64, _ other: UInt64, _ random: inout Generator
+    ) throws {
+        let one = model.devices[id]!.mappings
+        let another = model.devices[other]!.mappings
+        let from = random.chance(50) ? 0 : UInt64(random.below(5000))
+        let limit = random.chance(50) ? UInt64.max : from + 1 + UInt64(random.below(5000))
+        let expected = Set(one.keys).union(another.keys).filter {
+            (from..<limit).contains($0)
+                && one[$0].map { $0 >> 24 } != another[$0].map { $0 >> 24 }
+        }
+        #expect(Set(try differences(id, other, from..<limit)) == expected)
+    }
+
+    /// The blocks that differ, by steps that follow each other without a gap.
+    func differences(_ id: UInt64, _ other: UInt64, _ range: Range<UInt64>) throws -> [UInt64] {
+        var found: [UInt64] = []
+        var at = range.lowerBound
+        while at < range.upperBound {
+            var end = at
+            let next = try pool.visitDifferences(
+                of: ThinDeviceID(UInt32(id)), from: ThinDeviceID(UInt32(other)), VirtualBlock(at),
+                limit: VirtualBlock(range.upperBound), reading: true
+            ) { run, differs in
+                #expect(run.lowerBound == end && !run.isEmpty)
+                end = run.upperBound
+                if differs { found += run }
+            }
+            try #require(next.rawValue == end && end > at && end <= range.upperBound)
+            at = end
+        }
+        return found
     }
 }

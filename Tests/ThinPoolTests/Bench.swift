@@ -157,7 +157,7 @@ final class Bench {
     func send(
         _ operation: VolumeOperation, _ volume: Volume, at offset: Int = 0, length: Int = 0,
         buffer: UnsafeMutableRawPointer? = nil, fua: Bool = false, noHole: Bool = false,
-        on reactor: Int = 0
+        query: ExtentQuery? = nil, on reactor: Int = 0
     ) -> UInt64 {
         let cookie = nextCookie
         nextCookie += 1
@@ -166,7 +166,7 @@ final class Bench {
                 VolumeRequest(
                     operation: operation, volume: volume, offset: UInt64(offset),
                     length: UInt64(length), buffer: buffer, fua: fua, noHole: noHole,
-                    cookie: cookie))
+                    query: query, cookie: cookie))
         }
         return cookie
     }
@@ -219,6 +219,13 @@ final class Bench {
             .read, volume, at: offset, length: length, buffer: buffer.baseAddress, on: reactor)
         try #require(error == 0, "a read failed with \(error)")
         return [UInt8](buffer)
+    }
+
+    /// Asks for the extents of a range; 0 or errno.
+    func ask(_ query: ExtentQuery, _ volume: Volume, at offset: Int, length: Int) throws -> Int32 {
+        let cookie = send(.extents, volume, at: offset, length: length, query: query)
+        try settle { answers[cookie] != nil }
+        return withExtendedLifetime(query) { answers[cookie]!.error }
     }
 
     /// What each sector is filled with; nil where its bytes differ.
