@@ -135,11 +135,11 @@ extension ThinMetadata {
         let record = try existing(id)
         // Every count of 1 may have been 2 in a state that a crash brings back.
         guard !store.hasUnshared && !hasUnsharedInFrozen else { return false }
-        let key = UInt64(id.rawValue)
-        guard try exclusiveEntry(superblock.mappingRoot, .topLevel, key) != nil,
-            let value = try exclusiveEntry(record.root, .mapping, virtual.rawValue)
+        guard try isOwnPath(superblock.mappingRoot, .topLevel, UInt64(id.rawValue)),
+            try isOwnPath(record.root, .mapping, virtual.rawValue),
+            let mapping = try lookup(id, virtual)
         else { return false }
-        return try store.dataCount(Mapping(rawValue: value).block) == 1
+        return try store.dataCount(mapping.block) == 1
     }
 
     /// Calls `body` for each mapping in `from..<limit` of the leaf that `from` belongs to, and says
@@ -179,22 +179,6 @@ extension ThinMetadata {
             let node = try store.cache.node(block, kind)
             if node.isLeaf { return true }
             block = node.value(max(0, node.floorIndex(key)))
-        }
-        throw NodeCache.tooDeep(root)
-    }
-
-    /// The value of `key` if all nodes that lead to it have one reference.
-    private func exclusiveEntry(
-        _ root: UInt64, _ kind: TreeKind, _ key: UInt64
-    ) throws(MetadataError) -> UInt64? {
-        var block = root
-        for _ in 0..<NodeCache.maxDepth {
-            guard try store.count(block) == 1 else { return nil }
-            let node = try store.cache.node(block, kind)
-            let index = node.floorIndex(key)
-            guard index >= 0 else { return nil }
-            if node.isLeaf { return node.key(index) == key ? node.value(index) : nil }
-            block = node.value(index)
         }
         throw NodeCache.tooDeep(root)
     }

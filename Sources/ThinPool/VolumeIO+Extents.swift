@@ -57,14 +57,23 @@ extension Pool {
         let from = VirtualBlock(query.blocks.lowerBound)
         let limit = VirtualBlock(query.blocks.upperBound)
         if case .difference(let other) = kind {
-            let shorter = VirtualBlock(commonBlocks(volume, other))
-            if from < shorter {
+            let common = VirtualBlock(commonBlocks(volume, other))
+            if from < common {
                 return try metadata.visitDifferences(
-                    of: volume.id, from: other.id, from, limit: min(limit, shorter),
+                    of: volume.id, from: other.id, from, limit: min(limit, common),
                     reading: reading
                 ) { range, differs in
                     query.add(to: range.upperBound, differs ? Extent.changed : 0)
                 } > from
+            }
+            if from.rawValue * blockSize < other.size {
+                // The other one ends inside it: no block that has data is the same in both.
+                guard reading else { return false }
+                let mine = try metadata.lookup(volume.id, from)
+                let others = try metadata.lookup(other.id, from)
+                let isHole = mine == nil && others == nil
+                query.add(to: from.rawValue + 1, isHole ? 0 : Extent.changed)
+                return true
             }
         }
         if !reading {
@@ -99,8 +108,7 @@ extension Pool {
         return true
     }
 
-    /// Blocks that are inside both volumes. Where a larger volume goes on in the other's last block,
-    /// that block is not the same.
+    /// Blocks that are equally long in both volumes.
     private func commonBlocks(_ volume: Volume, _ other: Volume) -> UInt64 {
         other.size < volume.size
             ? other.size / blockSize : (volume.size + blockSize - 1) / blockSize

@@ -11,6 +11,7 @@ extension World {
         changes.append(record)
         note("asked: \(change)")
         if case .delete(let name) = change { models[name]?.isGoing = true }
+        if case .snapshot(let origin, _) = change { models[origin]?.hasRelatives = true }
         nonisolated(unsafe) let unsafeRecord = record
         pool.request(change) { unsafeRecord.result = .some($0) }
         return record

@@ -71,6 +71,7 @@ extension World {
     /// everything is answered, nothing hangs, all memory is given back.
     func bury() throws {
         pool.onFailure = nil
+        queries = []
         severClients()
         for client in broken { client.wire.isReset = true }
         for disk in [metadataDisk, dataDisk] {

@@ -11,6 +11,7 @@ extension World {
 
     func verifyAll(after occasion: Occasion = .rest) throws {
         for name in models.keys.sorted() { try verify(models[name]!, after: occasion) }
+        if let model = randomModel(), !isDamaged { try verifySharing(model) }
     }
 
     /// Reads every sector of a volume.
@@ -90,7 +91,8 @@ extension World {
     /// One request through an engine of its own; its errno. What it waits for is other's work.
     func perform(
         _ operation: VolumeOperation, _ volume: Volume, sector: Int,
-        _ buffer: UnsafeMutableRawBufferPointer, in pool: Pool, on disk: SimulatedDisk
+        _ buffer: UnsafeMutableRawBufferPointer, query: ExtentQuery? = nil, in pool: Pool,
+        on disk: SimulatedDisk
     ) -> Int32 {
         let io = SimulatedDataIO(disk: disk, draw: nil)
         let engine = VolumeIO(pool: pool, io: io) {}
@@ -100,7 +102,9 @@ extension World {
         engine.submit(
             VolumeRequest(
                 operation: operation, volume: volume, offset: UInt64(sector) * 512,
-                length: UInt64(buffer.count), buffer: buffer.baseAddress, cookie: 0))
+                length: query == nil
+                    ? UInt64(buffer.count) : volume.size - UInt64(sector) * 512,
+                buffer: buffer.baseAddress, query: query, cookie: 0))
         engine.endTurn()
         engine.takeFinished { answer = $1 }
         var patience = 10_000

@@ -44,6 +44,8 @@ public final class World {
     var changes: [Change] = []
     /// Changes that were told to have failed, by a pool that then failed itself: they may be there.
     var uncertain: [Change] = []
+    /// Queries of the map that are not answered yet.
+    var queries: [AskedExtents] = []
     let worker = SimulatedWorker()
     /// When the pool failed, if it has.
     var failedAt: UInt64?
@@ -201,6 +203,8 @@ public final class World {
             try flood()
         case 46 where options.fills && random.oneIn(2):
             try checkSpace()
+        case 56..<62:
+            askExtents()
         default:
             try send()
         }
@@ -324,7 +328,7 @@ public final class World {
 
     /// Whether anybody waits for the server.
     private var isAwaited: Bool {
-        !changes.isEmpty || !broken.isEmpty
+        !changes.isEmpty || !broken.isEmpty || !queries.isEmpty
             || clients.contains { !$0.unanswered.isEmpty || $0.hasOffended }
     }
 

@@ -133,6 +133,8 @@ extension PoolBounds {
         // Few volumes here have more than some dozens of blocks.
         tablePageShift = [0, 1, 3, 6, 9][random.below(5)]
         unmapBatch = 1 + random.below(3)
+        extentSteps = 1 + random.below(3)
+        extentSlice = 1 + random.below(2)
         smallDeletion = UInt64(random.below(4))
         deletionSlice = 1 + random.below(3)
         deletionBatch = 4 * deletionSlice
@@ -142,6 +144,8 @@ extension PoolBounds {
 
 public struct WorldCounts: Sendable {
     public var requests = 0
+    /// Queries of the map.
+    public var queries = 0
     public var commits = 0
     public var snapshots = 0
     public var deletions = 0
@@ -179,7 +183,7 @@ public struct WorldCounts: Sendable {
 
     private static var fields: [(name: String, path: WritableKeyPath<Self, Int>)] {
         [
-            ("requests", \.requests), ("commits", \.commits), ("snapshots", \.snapshots),
+            ("requests", \.requests), ("queries", \.queries), ("commits", \.commits), ("snapshots", \.snapshots),
             ("deletions", \.deletions), ("growths", \.grows), ("checks", \.checks),
             ("reopenings", \.reopens), ("reconnections", \.reconnects),
             ("refusals", \.refused), ("read-only times", \.readOnlyTimes),

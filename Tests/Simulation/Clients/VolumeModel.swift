@@ -32,6 +32,8 @@ final class VolumeModel {
     private var originAtGrant: [[Version]] = []
     /// Its deletion has been asked for.
     var isGoing = false
+    /// It is a snapshot, or one of it has been asked for.
+    var hasRelatives = false
     /// For every block that anybody has asked to change, the value of the only write that has; nil:
     /// there were others, or it is no write.
     private var soleWriters: [Int: UInt64?] = [:]
@@ -50,6 +52,7 @@ final class VolumeModel {
         self.name = name
         sectors = origin.sectors
         isUndecided = true
+        hasRelatives = true
         originAtGrant = origin.versions
         soleWriters = origin.soleWriters.mapValues { _ in nil }
         versions = origin.versions.map { all in
@@ -72,6 +75,7 @@ final class VolumeModel {
         versions = other.versions
         soleWriters = other.soleWriters
         isUndecided = other.isUndecided
+        hasRelatives = other.hasRelatives
         originAtGrant = other.originAtGrant
     }
 
@@ -95,6 +99,9 @@ final class VolumeModel {
 
     /// Nobody but the write of this value has ever been asked to change the block: it has none yet.
     func isSoleWriter(_ block: Int, value: UInt64) -> Bool { soleWriters[block] == .some(value) }
+
+    /// Somebody has been asked to change the block, or the volume's origin's.
+    func isTouched(_ block: Int) -> Bool { soleWriters.keys.contains(block) }
 
     /// The change that began at `begun` is over.
     func end(
@@ -136,6 +143,15 @@ final class VolumeModel {
             version.value == value
                 && !all.contains { $0.isDurable && $0.supersedes(version, by: .max) }
         }
+    }
+
+    /// What the sector may have been between `time` and now; `afterCut`: or in the last committed
+    /// state.
+    func possible(_ sector: Int, sentAt time: UInt64, afterCut: Bool) -> Set<UInt64> {
+        Set(
+            versions[sector].map(\.value).filter {
+                allows(sector, $0, sentAt: time) || afterCut && allowsAfterCut(sector, $0)
+            })
     }
 
     // MARK: - What turned out

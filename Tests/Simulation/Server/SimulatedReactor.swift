@@ -44,6 +44,11 @@ final class SimulatedReactor {
     var wroteAfterFailure: ((VolumeRequest) -> Void)?
     private let isReadOnly: Bool
     private var submitted: [UInt64: VolumeRequest] = [:]
+    /// Queries that no connection has sent, by cookie.
+    private var queries: [UInt64: (ExtentQuery, (Int32) -> Void)] = [:]
+    /// No connection's cookie has this bit.
+    private static let queryCookie: UInt64 = 1 << 62
+    private var nextQuery = SimulatedReactor.queryCookie
 
     init(pool: Pool, io: SimulatedDataIO, isReadOnly: Bool = false) {
         self.pool = pool
@@ -69,7 +74,12 @@ final class SimulatedReactor {
             place.connection.resume(self)
         }
         engine.endTurn()
+        var answers: [() -> Void] = []
         engine.takeFinished { cookie, error in
+            if let (_, answer) = queries.removeValue(forKey: cookie) {
+                answers.append { answer(error) }
+                return
+            }
             if let request = submitted.removeValue(forKey: cookie), hasFailed, error == 0 {
                 wroteAfterFailure?(request)
             }
@@ -77,6 +87,22 @@ final class SimulatedReactor {
             if places[owner]!.connection.finish(slot: slot, code: error) { hasUnfenced = true }
         }
         for index in places.indices { settle(index) }
+        for answer in answers { answer() }
+    }
+
+    /// Asks for the extents of a volume, which has to stay open until the answer comes.
+    func ask(
+        _ query: ExtentQuery, _ volume: Volume, sectors: Range<Int>,
+        answer: @escaping (Int32) -> Void
+    ) {
+        nextQuery += 1
+        queries[nextQuery] = (query, answer)
+        turn {
+            engine.submit(
+                VolumeRequest(
+                    operation: .extents, volume: volume, offset: UInt64(sectors.lowerBound) * 512,
+                    length: UInt64(sectors.count) * 512, query: query, cookie: nextQuery))
+        }
     }
 
     func wake() { isAwake = true }
