@@ -7,9 +7,9 @@ import Sockets
 private struct OneExport: ExportDirectory {
     let export: Export
 
-    mutating func exportNames() -> [String] { [export.name] }
+    mutating func list(secure: Bool) -> [ListedExport] { [] }
     mutating func describe(_ name: String) -> Export? { export }
-    mutating func open(_ name: String) -> ExportOpening { .opened(export) }
+    mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening { .opened(export) }
 }
 
 /// Takes a new connection to transmission.
@@ -30,7 +30,12 @@ func openSession(_ socket: Int32, _ memory: Memory) throws {
         case .send, .wait: continue
         // A byte at a time: nothing of the transmission is to be taken.
         case .receive: input += try receive(1, from: socket)
-        case .transmit: return
+        case .transmit(let agreement):
+            guard agreement.format == .simple else {
+                throw FloorFailure("the client wants other replies than simple ones")
+            }
+            return
+        case .startTLS: preconditionFailure("TLS is not offered")
         case .close(let ending): throw FloorFailure("the handshake ended: \(ending)")
         }
     }

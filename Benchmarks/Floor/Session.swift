@@ -18,12 +18,14 @@ struct Session: ~Copyable {
     /// The part of a write's payload that has not arrived.
     private var missing = 0
     private var missingAt: UnsafeMutableRawPointer
+    private let rules: RequestRules
     private var writing: RequestHeader?
     private var isLong = false
 
     init(socket: Int32, memory: Memory) {
         self.socket = socket
         self.memory = memory
+        rules = RequestRules(exportSize: UInt64(memory.size), isReadOnly: false)
         buffer = .allocate(byteCount: Self.bufferSize, alignment: 4096)
         missingAt = buffer
         replies = Replies(socket: socket)
@@ -73,8 +75,7 @@ struct Session: ~Copyable {
         var at = 0
         while buffered - at >= RequestHeader.size {
             guard let header = RequestHeader.parse(buffer + at),
-                case .perform(let command) = header.validated(
-                    exportSize: UInt64(memory.size), isReadOnly: false)
+                case .perform(let command) = rules.verdict(header)
             else { throw FloorFailure("a request that is not valid") }
             at += RequestHeader.size
             let place = memory.place(of: header.offset)
@@ -97,7 +98,7 @@ struct Session: ~Copyable {
                     return true
                 }
             case .writeZeroes: memory.zero(header.offset, length)
-            case .flush, .trim, .cache: break
+            case .flush, .trim, .cache, .blockStatus: break
             case .disconnect: return false
             }
             if replies.isFull { try replies.send() }

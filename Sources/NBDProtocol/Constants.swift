@@ -10,6 +10,9 @@ public enum Magic {
     public static let optionReply: UInt64 = 0x0003_e889_0455_65a9
     @inlinable public static var request: UInt32 { 0x2560_9513 }
     @inlinable public static var simpleReply: UInt32 { 0x6744_6698 }
+    @inlinable public static var structuredReply: UInt32 { 0x668e_33ef }
+    @inlinable public static var extendedRequest: UInt32 { 0x21e4_1c71 }
+    @inlinable public static var extendedReply: UInt32 { 0x6e8a_278c }
 }
 
 /// Handshake flags, server to client.
@@ -101,6 +104,7 @@ public enum Command: UInt16, Sendable {
     case trim = 4
     case cache = 5
     case writeZeroes = 6
+    case blockStatus = 7
 }
 
 /// Flags of a command.
@@ -132,6 +136,25 @@ public enum Command: UInt16, Sendable {
     @inlinable public static var shutdown: Self { Self(rawValue: 108) }
 }
 
+/// Flags of a reply chunk.
+public enum ChunkFlag {
+    @inlinable public static var done: UInt16 { 1 << 0 }
+}
+
+/// What a reply chunk carries.
+@frozen public struct ChunkType: RawRepresentable, Hashable, Sendable {
+    public var rawValue: UInt16
+    @inlinable public init(rawValue: UInt16) { self.rawValue = rawValue }
+
+    @inlinable public static var none: Self { Self(rawValue: 0) }
+    @inlinable public static var offsetData: Self { Self(rawValue: 1) }
+    @inlinable public static var offsetHole: Self { Self(rawValue: 2) }
+    @inlinable public static var blockStatus: Self { Self(rawValue: 5) }
+    @inlinable public static var blockStatusExtended: Self { Self(rawValue: 6) }
+    @inlinable public static var error: Self { Self(rawValue: 1 << 15 | 1) }
+    @inlinable public static var errorOffset: Self { Self(rawValue: 1 << 15 | 2) }
+}
+
 /// The limits that this server sets.
 public enum Limits {
     /// Offsets and lengths of requests are multiples of this.
@@ -147,6 +170,11 @@ public enum Limits {
     public static let maximumDrain = 1 << 20
     /// Options that a session may send. Clients send fewer than ten.
     public static let maximumOptions = 64
+    /// Meta contexts that a session may select.
+    public static let maximumContexts = 16
+    /// Extents in the answer to one BLOCK_STATUS, all its contexts together. The protocol suggests
+    /// no more than 2^20 for one context.
+    public static let maximumExtents = 8000
     /// A volume's size fits a signed offset.
     public static let maximumExportSize = UInt64(Int64.max)
 }

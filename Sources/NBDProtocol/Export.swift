@@ -1,5 +1,16 @@
 // What a client learns about an export, and where the handshake learns it from.
 
+/// How requests and replies look on the wire, as the client has asked for it. Each includes what the
+/// one before it can express.
+public enum WireFormat: Sendable, Comparable {
+    /// 28-byte requests, simple replies.
+    case simple
+    /// 28-byte requests; READ and BLOCK_STATUS are answered in chunks.
+    case structured
+    /// 32-byte requests with 64-bit lengths; everything is answered in chunks.
+    case extended
+}
+
 /// An export as the handshake describes it.
 public struct Export: Hashable, Sendable {
     /// The export's own name, also where the client asked for the default export.
@@ -9,21 +20,64 @@ public struct Export: Hashable, Sendable {
     public var isReadOnly: Bool
     /// One line for people.
     public var description: String
+    /// It is on a disk that turns.
+    public var isRotational: Bool
+    /// Only clients that came through TLS may know more of it than its name.
+    public var requiresTLS: Bool
 
-    public init(name: String, size: UInt64, isReadOnly: Bool, description: String) {
+    public init(
+        name: String, size: UInt64, isReadOnly: Bool, description: String,
+        isRotational: Bool = false, requiresTLS: Bool = false
+    ) {
         self.name = name
         self.size = size
         self.isReadOnly = isReadOnly
         self.description = description
+        self.isRotational = isRotational
+        self.requiresTLS = requiresTLS
     }
 
     /// FLUSH and FUA are always both there: without them the kernel's client sends no flushes.
     /// CAN_MULTI_CONN holds because all connections share one volume, and none has a cache.
-    public var transmissionFlags: TransmissionFlags {
-        let always: TransmissionFlags = [
-            .hasFlags, .sendFlush, .sendFUA, .sendTrim, .sendWriteZeroes, .sendCache, .canMultiConn,
+    public func transmissionFlags(_ format: WireFormat) -> TransmissionFlags {
+        var flags: TransmissionFlags = [
+            .hasFlags, .sendFlush, .sendFUA, .sendTrim, .sendWriteZeroes, .sendFastZero,
+            .sendCache, .canMultiConn,
         ]
-        return isReadOnly ? always.union(.readOnly) : always
+        if isReadOnly { flags.insert(.readOnly) }
+        if isRotational { flags.insert(.rotational) }
+        if format >= .structured { flags.insert(.sendDF) }
+        if format == .extended { flags.insert(.blockStatusPayload) }
+        return flags
+    }
+}
+
+/// A meta context that a session has selected.
+public struct MetaContext: Hashable, Sendable {
+    /// What the extents of this context are marked with in replies.
+    public var id: UInt32
+    public var name: String
+
+    public init(id: UInt32, name: String) {
+        self.id = id
+        self.name = name
+    }
+
+    /// The protocol's own context: which ranges have no block of their own.
+    public static let allocation = "base:allocation"
+}
+
+/// What client and server have agreed on when transmission begins.
+public struct Agreement: Hashable, Sendable {
+    public var export: Export
+    public var format: WireFormat
+    /// In the order in which they were selected, which is the order of the replies.
+    public var contexts: [MetaContext]
+
+    public init(export: Export, format: WireFormat = .simple, contexts: [MetaContext] = []) {
+        self.export = export
+        self.format = format
+        self.contexts = contexts
     }
 }
 
@@ -34,14 +88,37 @@ public enum ExportOpening: Hashable, Sendable {
     case absent
     /// It can be opened in a moment, not now.
     case busy
+    /// It is there, and not for this client, or not now; why, in words for the client.
+    case refused(String)
+}
+
+/// An export in the answer to LIST.
+public struct ListedExport: Hashable, Sendable {
+    public var name: String
+    public var description: String
+
+    public init(name: String, description: String) {
+        self.name = name
+        self.description = description
+    }
 }
 
 /// The exports that there are. The handshake asks when the client does, and keeps nothing.
 public protocol ExportDirectory {
-    /// The names to list.
-    mutating func exportNames() -> [String]
+    /// - Parameter secure: the client came through TLS; others do not see exports that require it.
+    mutating func list(secure: Bool) -> [ListedExport]
     /// The export of that name; "" is the default export. Nil: there is none.
     mutating func describe(_ name: String) -> Export?
     /// Opened, the export stays so for the transmission that follows.
-    mutating func open(_ name: String) -> ExportOpening
+    /// - Parameter contexts: what the client has selected; each was there when it was.
+    mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening
+    /// The meta contexts of the export whose names begin so, not all if there are very many.
+    mutating func contextNames(of name: String, beginningWith prefix: String) -> [String]
+    mutating func hasContext(_ context: String, of name: String) -> Bool
+}
+
+/// Without meta contexts.
+extension ExportDirectory {
+    public mutating func contextNames(of: String, beginningWith: String) -> [String] { [] }
+    public mutating func hasContext(_ context: String, of: String) -> Bool { false }
 }

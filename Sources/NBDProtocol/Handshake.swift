@@ -4,11 +4,20 @@
 // 2. Memory follows what has arrived, never what a length field announces.
 // 3. An option that is not understood, or too long, is read to its end and answered: the session
 //    stays in step. Only what cannot be answered ends the session.
+// 4. Nothing that was said in plaintext counts after STARTTLS.
 //
 //   greeting ──▶ client flags ──▶ option header ──▶ option data ──▶ (answer) ──▶ option header
 //                                     │  ▲             │    └─▶ listing ─┘  (LIST, in pieces)
 //                                     ▼  │             ▼
 //                                  draining        finished (GO, EXPORT_NAME, ABORT)
+
+/// Whether clients may, or have to, ask for TLS.
+public enum TLSPolicy: Sendable {
+    case off
+    /// Those that ask for it get it; exports may require it.
+    case on
+    case require
+}
 
 /// One client's handshake.
 public struct Handshake: Sendable {
@@ -21,8 +30,12 @@ public struct Handshake: Sendable {
         /// The export that the client has chosen is busy: call again in a moment, with what is left
         /// of the input.
         case wait
-        /// Requests for this export follow; `ExportDirectory.open` has opened it.
-        case transmit(Export)
+        /// Requests follow; `ExportDirectory.open` has opened the export.
+        case transmit(Agreement)
+        /// Output was appended. Once it is sent the TLS handshake follows, then `tlsEstablished`.
+        /// Input that is left was sent in plaintext by somebody who could not know the answer: the
+        /// connection has to end.
+        case startTLS
         case close(Ending)
     }
 
@@ -40,30 +53,55 @@ public struct Handshake: Sendable {
         case optionHeader
         case optionData(OptionCode, length: Int)
         case draining(OptionCode, remaining: Int)
-        case listing(names: [String], next: Int)
+        case listing(exports: [ListedExport], next: Int)
+        case startingTLS
         case finished
+    }
+
+    /// The meta contexts that were selected, and for which export: they count for no other.
+    struct Selection {
+        var exportName = ""
+        var contexts: [MetaContext] = []
     }
 
     /// LIST answers go out in pieces of about this size, cut between replies, for clients that
     /// read without looping.
     static let listPiece = 8 << 10
 
+    let tls: TLSPolicy
     private var state = State.greeting
     private var isFixedNewstyle = false
-    private var noZeroes = false
+    private(set) var noZeroes = false
+    private(set) var isSecure = false
+    var format = WireFormat.simple
+    var selection = Selection()
     private var optionCount = 0
     private var drained = 0
     /// The part of the present unit (flags, header, data) that has arrived.
     private var unit: [UInt8] = []
 
-    public init() {}
+    public init(tls: TLSPolicy = .off) {
+        self.tls = tls
+    }
 
     /// Whether the session is between two messages, so that a client may leave without a word.
     public var isAtBoundary: Bool {
         switch state {
-        case .greeting, .clientFlags, .optionHeader, .listing, .finished: unit.isEmpty
+        case .greeting, .clientFlags, .optionHeader, .listing, .startingTLS, .finished:
+            unit.isEmpty
         case .optionData, .draining: false
         }
+    }
+
+    /// The connection is encrypted from now on.
+    public mutating func tlsEstablished() {
+        guard case .startingTLS = state else {
+            preconditionFailure("TLS was established that the handshake did not ask for")
+        }
+        isSecure = true
+        format = .simple
+        selection = Selection()
+        state = .optionHeader
     }
 
     /// Takes bytes from `input` and appends what is to be sent to `output`.
@@ -78,6 +116,7 @@ public struct Handshake: Sendable {
             if let outcome = step(rest, &consumed, &output, &exports) {
                 switch outcome {
                 case .transmit, .close: state = .finished
+                case .startTLS: state = .startingTLS
                 case .receive, .send, .wait: break
                 }
                 return (consumed, outcome)
@@ -114,9 +153,11 @@ public struct Handshake: Sendable {
             guard count == remaining else { return .receive }
             state = .optionHeader
             return refuseLong(option, &output)
-        case .listing(let names, let next):
-            list(names, from: next, &output)
+        case .listing(let exports, let next):
+            list(exports, from: next, &output)
             return .send
+        case .startingTLS:
+            return .close(.violation("plaintext after STARTTLS"))
         case .finished:
             return .close(.violation("the handshake is over"))
         }
@@ -174,118 +215,34 @@ public struct Handshake: Sendable {
         return nil
     }
 
-    private mutating func answer(
-        _ option: OptionCode, _ data: [UInt8], _ output: inout [UInt8],
-        _ exports: inout some ExportDirectory
-    ) -> Outcome? {
-        switch option {
-        case .exportName:
-            return openByName(data, &output, &exports)
-        case .abort:
-            output.appendReply(to: .abort, .ack)
-            return .close(.aborted)
-        case .list:
-            guard data.isEmpty else {
-                output.appendFailure(of: .list, .invalid("LIST has no data"))
-                return .send
-            }
-            state = .listing(names: exports.exportNames(), next: 0)
-            return nil
-        case .info, .go:
-            return answerQuery(option, data, &output, &exports)
-        default:
-            output.appendFailure(of: option, Self.unsupported(option))
-            return .send
-        }
-    }
-
-    /// EXPORT_NAME has no way to refuse but to hang up.
-    private mutating func openByName(
-        _ data: [UInt8], _ output: inout [UInt8], _ exports: inout some ExportDirectory
-    ) -> Outcome {
-        guard let name = exportName(data) else {
-            return .close(.violation("a name that is not UTF-8 without NUL"))
-        }
-        switch exports.open(name) {
-        case .absent:
-            return .close(.violation("there is no export of the name asked for"))
-        case .busy:
-            return wait(.exportName, data)
-        case .opened(let export):
-            output.appendExport(export, noZeroes: noZeroes)
-            return .transmit(export)
-        }
-    }
-
-    private mutating func answerQuery(
-        _ option: OptionCode, _ data: [UInt8], _ output: inout [UInt8],
-        _ exports: inout some ExportDirectory
-    ) -> Outcome {
-        do throws(OptionFailure) {
-            let query = try ExportQuery.parse(data)
-            let found: Export?
-            if option == .go {
-                switch exports.open(query.name) {
-                case .opened(let export): found = export
-                case .absent: found = nil
-                case .busy: return wait(option, data)
-                }
-            } else {
-                found = exports.describe(query.name)
-            }
-            guard let export = found else {
-                let text = query.name.isEmpty ? "no default export" : "no such export"
-                throw OptionFailure(type: .unknown, text: text)
-            }
-            output.appendInfo(of: export, to: option, asked: query.infoTypes)
-            output.appendReply(to: option, .ack)
-            return option == .go ? .transmit(export) : .send
-        } catch {
-            output.appendFailure(of: option, error)
-            return .send
-        }
-    }
+    // MARK: - States that answers lead to
 
     /// The option is answered when the caller comes again.
-    private mutating func wait(_ option: OptionCode, _ data: [UInt8]) -> Outcome {
+    mutating func wait(_ option: OptionCode, _ data: [UInt8]) -> Outcome {
         state = .optionData(option, length: data.count)
         unit = data
         return .wait
     }
 
+    mutating func beginListing(_ exports: [ListedExport]) {
+        state = .listing(exports: exports, next: 0)
+    }
+
     /// At least one reply, so that the listing comes to its end.
-    private mutating func list(_ names: [String], from first: Int, _ output: inout [UInt8]) {
+    private mutating func list(
+        _ exports: [ListedExport], from first: Int, _ output: inout [UInt8]
+    ) {
         let start = output.count
         var next = first
-        while next < names.count && output.count - start < Self.listPiece {
-            output.appendListed(names[next])
+        while next < exports.count && output.count - start < Self.listPiece {
+            output.appendListed(exports[next])
             next += 1
         }
-        if next < names.count {
-            state = .listing(names: names, next: next)
+        if next < exports.count {
+            state = .listing(exports: exports, next: next)
         } else {
             output.appendReply(to: .list, .ack)
             state = .optionHeader
         }
-    }
-
-    private func refuseLong(_ option: OptionCode, _ output: inout [UInt8]) -> Outcome {
-        switch option {
-        case .abort:
-            output.appendReply(to: .abort, .ack)
-            return .close(.aborted)
-        case .list:
-            output.appendFailure(of: .list, .invalid("LIST has no data"))
-        case .info, .go:
-            output.appendFailure(
-                of: option, OptionFailure(type: .tooBig, text: "the option is too long"))
-        default:
-            output.appendFailure(of: option, Self.unsupported(option))
-        }
-        return .send
-    }
-
-    private static func unsupported(_ option: OptionCode) -> OptionFailure {
-        OptionFailure(type: .unsupported, text: "option \(option.rawValue) is not supported")
     }
 }

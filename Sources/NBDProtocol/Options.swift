@@ -26,11 +26,62 @@ struct ExportQuery: Equatable {
         guard data.count == types + 2 * count else {
             throw .invalid("the option's length does not fit its fields")
         }
-        guard let name = exportName(data[4..<4 + nameLength]) else {
+        guard let name = validName(data[4..<4 + nameLength]) else {
             throw .invalid("the name is not UTF-8 without NUL")
         }
         let infoTypes = (0..<count).map { data.word(types + 2 * $0, as: UInt16.self) }
         return ExportQuery(name: name, infoTypes: infoTypes)
+    }
+}
+
+/// The data of LIST_META_CONTEXT and SET_META_CONTEXT:
+///
+///   0 name length u32 | 4 name | count u32 | count x (length u32 | query)
+///
+/// and not one byte more. A query that is too long to be a context's name is left out: it matches
+/// none.
+struct ContextQuery: Equatable {
+    var exportName: String
+    var queries: [String]
+
+    static func parse(_ data: [UInt8]) throws(OptionFailure) -> ContextQuery {
+        var rest = data[...]
+        let name = try takeString(from: &rest, "the name")
+        guard let exportName = validName(name) else {
+            throw .invalid(
+                "the name is not UTF-8 without NUL of at most \(Limits.maximumString) bytes")
+        }
+        // Each query takes at least its length's bytes, so the data bounds their number.
+        let count = try takeLength(from: &rest, "the number of queries")
+        guard count <= rest.count / 4 else {
+            throw .invalid("there are more queries than the option has room for")
+        }
+        var queries: [String] = []
+        for _ in 0..<count {
+            let bytes = try takeString(from: &rest, "a query")
+            if let query = validName(bytes) { queries.append(query) }
+        }
+        guard rest.isEmpty else { throw .invalid("the option's length does not fit its fields") }
+        return ContextQuery(exportName: exportName, queries: queries)
+    }
+
+    private static func takeLength(
+        from data: inout ArraySlice<UInt8>, _ what: String
+    ) throws(OptionFailure) -> Int {
+        guard data.count >= 4 else { throw .invalid("\(what) is missing") }
+        let length = data.prefix(4).reduce(0) { $0 << 8 | Int($1) }
+        data = data.dropFirst(4)
+        return length
+    }
+
+    private static func takeString(
+        from data: inout ArraySlice<UInt8>, _ what: String
+    ) throws(OptionFailure) -> ArraySlice<UInt8> {
+        let length = try takeLength(from: &data, what)
+        guard length <= data.count else { throw .invalid("\(what) is longer than the option") }
+        let string = data.prefix(length)
+        data = data.dropFirst(length)
+        return string
     }
 }
 
@@ -42,10 +93,19 @@ struct OptionFailure: Error, Equatable {
     static func invalid(_ text: String) -> OptionFailure {
         OptionFailure(type: .invalid, text: text)
     }
+
+    static func unknownExport(_ name: String) -> OptionFailure {
+        OptionFailure(
+            type: .unknown, text: name.isEmpty ? "no default export" : "no such export")
+    }
+
+    static let tlsRequired = OptionFailure(type: .tlsRequired, text: "TLS has to come first")
+    static let extendedHeadersRequired = OptionFailure(
+        type: .extendedHeadersRequired, text: "extended headers have been agreed on")
 }
 
-/// A name as the protocol wants names, or nil.
-func exportName(_ bytes: some Collection<UInt8>) -> String? {
+/// A string as the protocol wants names and queries, or nil.
+func validName(_ bytes: some Collection<UInt8>) -> String? {
     guard bytes.count <= Limits.maximumString, !bytes.contains(0) else { return nil }
     return String(validating: bytes, as: UTF8.self)
 }
@@ -79,20 +139,30 @@ extension [UInt8] {
         append(contentsOf: failure.text.utf8)
     }
 
-    mutating func appendListed(_ name: String) {
-        let name = name.utf8
-        appendReply(to: .list, .server, length: 4 + name.count)
+    mutating func appendListed(_ export: ListedExport) {
+        let name = export.name.utf8
+        let description = export.description.utf8
+        appendReply(to: .list, .server, length: 4 + name.count + description.count)
         appendBigEndian(UInt32(name.count))
         append(contentsOf: name)
+        append(contentsOf: description)
+    }
+
+    mutating func appendContext(_ context: MetaContext, to option: OptionCode) {
+        appendReply(to: option, .metaContext, length: 4 + context.name.utf8.count)
+        appendBigEndian(context.id)
+        append(contentsOf: context.name.utf8)
     }
 
     /// What INFO and GO tell: the size and flags, the block sizes (this server insists on them, so
     /// it says them unasked), and the texts that were asked for.
-    mutating func appendInfo(of export: Export, to option: OptionCode, asked: [UInt16]) {
+    mutating func appendInfo(
+        of export: Export, _ format: WireFormat, to option: OptionCode, asked: [UInt16]
+    ) {
         appendReply(to: option, .info, length: 12)
         appendBigEndian(InfoType.export)
         appendBigEndian(export.size)
-        appendBigEndian(export.transmissionFlags.rawValue)
+        appendBigEndian(export.transmissionFlags(format).rawValue)
         appendReply(to: option, .info, length: 14)
         appendBigEndian(InfoType.blockSize)
         appendBigEndian(Limits.minimumBlock)
@@ -108,9 +178,9 @@ extension [UInt8] {
     }
 
     /// The answer to EXPORT_NAME, which has no reply header.
-    mutating func appendExport(_ export: Export, noZeroes: Bool) {
+    mutating func appendExport(_ export: Export, _ format: WireFormat, noZeroes: Bool) {
         appendBigEndian(export.size)
-        appendBigEndian(export.transmissionFlags.rawValue)
+        appendBigEndian(export.transmissionFlags(format).rawValue)
         if !noZeroes { append(contentsOf: repeatElement(0, count: 124)) }
     }
 }

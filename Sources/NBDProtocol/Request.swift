@@ -1,12 +1,16 @@
-// A request's header, 28 bytes:
+// A request's header. Compact, 28 bytes:
 //
 //   0 magic u32 | 4 flags u16 | 6 command u16 | 8 cookie u64 | 16 offset u64 | 24 length u32
 //
-// A WRITE is followed by `length` bytes; no other command has a payload.
+// Extended, 32 bytes: the same with its own magic, and a length of 64 bits.
+//
+// A payload of `length` bytes follows a WRITE, and any extended header that says so (PAYLOAD_LEN).
 
 /// A request as the client sent it, not yet validated.
 @frozen public struct RequestHeader: Hashable, Sendable {
+    /// Bytes of a compact header, and of an extended one.
     @inlinable public static var size: Int { 28 }
+    @inlinable public static var extendedSize: Int { 32 }
 
     public var flags: CommandFlags
     /// The command's number, known or not.
@@ -14,7 +18,6 @@
     /// The client's eight bytes, in memory order: echoed, never interpreted.
     public var cookie: UInt64
     public var offset: UInt64
-    /// 64 bits wide as in an extended header, though the compact one sends 32.
     public var length: UInt64
 
     @inlinable public init(
@@ -27,20 +30,25 @@
         self.length = length
     }
 
-    /// Reads `size` bytes; nil if they do not begin with the magic, and the stream is lost.
+    /// Reads `size` bytes, or `extendedSize`; nil if they do not begin with the magic, and the
+    /// stream is lost.
     @inlinable @inline(__always)
-    public static func parse(_ bytes: UnsafeRawPointer) -> RequestHeader? {
-        guard bytes.bigEndian(0, as: UInt32.self) == Magic.request else { return nil }
+    public static func parse(_ bytes: UnsafeRawPointer, extended: Bool = false) -> RequestHeader? {
+        let magic = extended ? Magic.extendedRequest : Magic.request
+        guard bytes.bigEndian(0, as: UInt32.self) == magic else { return nil }
         return RequestHeader(
             flags: CommandFlags(rawValue: bytes.bigEndian(4)),
             command: bytes.bigEndian(6),
             cookie: bytes.loadUnaligned(fromByteOffset: 8, as: UInt64.self),
             offset: bytes.bigEndian(16),
-            length: UInt64(bytes.bigEndian(24, as: UInt32.self)))
+            length: extended
+                ? bytes.bigEndian(24) : UInt64(bytes.bigEndian(24, as: UInt32.self)))
     }
 
     /// The bytes that follow the header and must be taken off the stream whatever the answer is.
-    @inlinable public var payloadLength: UInt64 {
-        command == Command.write.rawValue ? length : 0
+    /// A WRITE has them even where the extended header forgets to say so.
+    @inlinable public func payloadLength(extended: Bool) -> UInt64 {
+        let announced = extended && flags.contains(.payloadLength)
+        return command == Command.write.rawValue || announced ? length : 0
     }
 }

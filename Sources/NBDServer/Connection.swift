@@ -89,8 +89,12 @@ package final class Connection {
         greetingVector.deallocate()
     }
 
-    /// The volume that the connection holds open; the reactor closes it when the connection goes.
+    /// The volume that the connection holds open until `closeVolume`.
     package var volume: Volume? { exports.opened }
+
+    /// Gives up the volume.
+    /// - Precondition: `isGone`.
+    package func closeVolume() { exports.close() }
 
     // MARK: - Events
 
@@ -278,7 +282,8 @@ package final class Connection {
         switch outcome {
         case .receive, .send: break
         case .wait: isWaiting = true
-        case .transmit(let export): enterTransmission(export, sink)
+        case .startTLS: preconditionFailure("TLS is not offered")
+        case .transmit(let agreement): enterTransmission(agreement, sink)
         case .close(.aborted): drain(nil)
         case .close(.violation(let text)): breakOff(text)
         }
@@ -302,10 +307,11 @@ package final class Connection {
         if phase == .handshake { advanceHandshake(sink) }
     }
 
-    private func enterTransmission(_ export: Export, _ sink: some RequestSink) {
-        exportName = export.name
+    private func enterTransmission(_ agreement: Agreement, _ sink: some RequestSink) {
+        exportName = agreement.export.name
         let transmission = Transmission(
-            volume: exports.opened!, isReadOnly: export.isReadOnly, buffers: buffers, owner: index)
+            volume: exports.opened!, agreement: agreement, contexts: exports.contexts,
+            dataBlockSize: exports.pool.blockSize, buffers: buffers, owner: index)
         self.transmission = transmission
         phase = .transmission
         let rest = UnsafeRawBufferPointer(rebasing: greetingInput[greetingStart..<greetingEnd])

@@ -4,47 +4,131 @@ import NBDProtocol
 import ThinPool
 
 package struct PoolExports: ExportDirectory {
+    /// What an owner decides for all clients.
+    package struct Settings: Sendable {
+        package var isReadOnly = false
+        package var isRotational = false
+        /// What "" stands for; nil: the only volume, and where there are several none.
+        package var defaultExport: String?
+        package var requireTLS: Set<String> = []
+
+        package init() {}
+    }
+
     let pool: Pool
+    let settings: Settings
+    /// This client may only read.
     let isReadOnly: Bool
     /// The volume of the export that was opened; whoever takes it closes it.
-    var opened: Volume?
+    private(set) var opened: Volume?
+    /// What the session has selected, and the volumes that are compared with: as long as they are
+    /// open they are not deleted.
+    private(set) var contexts = VolumeContexts()
+    private var bases: [Volume] = []
 
-    private static let description = "thin volume"
+    /// Names of contexts that a list of all of them shows.
+    private static let mostListedBases = 100
 
-    package init(pool: Pool, isReadOnly: Bool) {
+    package init(pool: Pool, settings: Settings, isReadOnly: Bool = false) {
         self.pool = pool
-        self.isReadOnly = isReadOnly
+        self.settings = settings
+        self.isReadOnly = isReadOnly || settings.isReadOnly
     }
 
-    package func exportNames() -> [String] { pool.volumeNames() }
+    /// Gives up what was opened.
+    package mutating func close() {
+        if let opened { pool.close(opened) }
+        opened = nil
+        closeBases()
+    }
+
+    private mutating func closeBases() {
+        for base in bases { pool.close(base) }
+        bases = []
+        contexts = VolumeContexts()
+    }
+
+    package func list(secure: Bool) -> [ListedExport] {
+        pool.volumeNames().compactMap { name in
+            guard secure || !settings.requireTLS.contains(name) else { return nil }
+            return ListedExport(name: name, description: "")
+        }
+    }
 
     package func describe(_ name: String) -> Export? {
-        guard let volume = volume(name) else { return nil }
-        defer { pool.close(volume) }
-        return export(volume)
+        with(name, export)
     }
 
-    package mutating func open(_ name: String) -> ExportOpening {
+    package mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening {
         guard let volume = volume(name) else { return .absent }
         precondition(opened == nil, "a handshake opened two exports")
         if volume.isFenced {
             pool.close(volume)
             return .busy
         }
+        for context in contexts {
+            guard let kind = kind(of: context.name) else {
+                pool.close(volume)
+                closeBases()
+                return .refused("what \(context.name) compares with has been deleted")
+            }
+            self.contexts.append(context, kind)
+        }
         opened = volume
         return .opened(export(volume))
     }
 
-    /// The default export is the only volume, and where there are several there is none.
+    // MARK: - Volumes
+
     private func volume(_ name: String) -> Volume? {
-        guard name.isEmpty else { return pool.open(exportNamed: name) }
+        if !name.isEmpty { return pool.open(exportNamed: name) }
+        if let name = settings.defaultExport { return pool.open(exportNamed: name) }
         let names = pool.volumeNames()
         return names.count == 1 ? pool.open(exportNamed: names[0]) : nil
+    }
+
+    private func with<Result>(_ name: String, _ body: (Volume) -> Result) -> Result? {
+        guard let volume = volume(name) else { return nil }
+        defer { pool.close(volume) }
+        return body(volume)
     }
 
     private func export(_ volume: Volume) -> Export {
         Export(
             name: volume.name, size: volume.size, isReadOnly: isReadOnly || volume.isReadOnly,
-            description: Self.description)
+            description: description(volume), isRotational: settings.isRotational,
+            requiresTLS: settings.requireTLS.contains(volume.name))
+    }
+
+    /// The only place of the protocol for the size of a data block.
+    private func description(_ volume: Volume) -> String {
+        "thin volume, data blocks of \(pool.blockSize >> 10) KiB"
+    }
+
+    // MARK: - Meta contexts
+
+    package func contextNames(of name: String, beginningWith prefix: String) -> [String] {
+        with(name) { volume in
+            let names = [MetaContext.allocation, WaferContext.shared]
+            return names.filter { $0.hasPrefix(prefix) }
+        } ?? []
+    }
+
+    package func hasContext(_ context: String, of name: String) -> Bool {
+        if let base = WaferContext.base(context) { return pool.volumeSize(base) != nil }
+        return [MetaContext.allocation, WaferContext.shared].contains(context)
+    }
+
+    private mutating func kind(of context: String) -> ExtentKind? {
+        switch context {
+        case MetaContext.allocation: return .allocation
+        case WaferContext.shared: return .sharing
+        default:
+            guard let name = WaferContext.base(context),
+                let base = pool.open(exportNamed: name)
+            else { return nil }
+            bases.append(base)
+            return .difference(from: base)
+        }
     }
 }

@@ -364,7 +364,7 @@ final class Reactor {
             metadata: [
                 "peer": "\(connection.peer)", "export": "\(connection.exportName ?? "none")",
             ])
-        if let volume = connection.volume { shared.pool.close(volume) }
+        connection.closeVolume()
         connections[connection.index] = nil
         freeIndices.append(connection.index)
         connectionCount -= 1
@@ -385,7 +385,7 @@ final class Reactor {
         generation = (generation + 1) & 0xFF_FFFF
         let connection = Connection(
             socket: socket, index: index, generation: generation, peer: Listener.peer(of: socket),
-            exports: PoolExports(pool: shared.pool, isReadOnly: shared.configuration.readOnly),
+            exports: PoolExports(pool: shared.pool, settings: shared.exportSettings),
             buffers: buffers, tick: tick,
             handshakeDeadline: tick + ticks(shared.configuration.handshakeTimeout))
         connections[index] = connection

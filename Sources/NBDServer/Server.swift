@@ -25,6 +25,10 @@ public final class Server {
         /// Threads that serve.
         public var reactors = 2
         public var readOnly = false
+        /// The export for clients that name none; nil: the only volume, if there is only one.
+        public var defaultExport: String?
+        /// The data device is a disk that turns.
+        public var dataIsRotational = false
         /// Connections at once; more are closed as soon as they are accepted.
         public var maxConnections = 1000
         /// Bytes for the payloads of all requests in flight. Each reactor has an equal share, and
@@ -142,6 +146,7 @@ final class ServerState: Sendable {
     let configuration: Server.Configuration
     let logger: Logger
     let mailboxes: [Mailbox]
+    let exportSettings: PoolExports.Settings
     let startup = Startup()
     private let connections = Atomic<Int>(0)
     private let isFull = Atomic<Bool>(false)
@@ -153,6 +158,11 @@ final class ServerState: Sendable {
         self.configuration = configuration
         self.logger = logger
         self.mailboxes = mailboxes
+        var settings = PoolExports.Settings()
+        settings.isReadOnly = configuration.readOnly
+        settings.isRotational = configuration.dataIsRotational
+        settings.defaultExport = configuration.defaultExport
+        exportSettings = settings
     }
 
     /// Counts a connection; false if there are as many as there may be.

@@ -6,7 +6,9 @@
 // 2. A payload has its buffer, for its whole length, before its first byte is taken; a header that
 //    finds no buffer stays in the input and is parsed again on `resume`.
 // 3. A refused WRITE's payload is taken off the stream before the refusal is sent.
-// 4. A buffer that the kernel (`receivingInPlace`) or the engine (`inFlight`) or the message under
+// 4. A reply needs no memory that the request did not take: what BLOCK_STATUS has to say goes into
+//    a buffer taken with its header.
+// 5. A buffer that the kernel (`receivingInPlace`) or the engine (`inFlight`) or the message under
 //    way uses is not given back before they are done with it, whatever happens to the connection.
 
 import Glibc
@@ -37,23 +39,31 @@ package final class Transmission {
     private static let longWrite = 64 << 10
     private static let inputAfterLongWrite = 4 << 10
 
-    private static let noSlot: Int32 = -1
+    static let noSlot: Int32 = -1
 
     /// A request's place, from its header to its sent reply.
-    private struct Slot {
+    struct Slot {
         var cookie: UInt64 = 0
+        var offset: UInt64 = 0
         var payload: UnsafeMutableRawPointer?
         var payloadLength = 0
-        /// Header and payload that are still to be sent.
+        /// Chunk headers and texts that have no place in the queue of replies; freed with the slot.
+        var extra: UnsafeMutableRawPointer?
+        /// Bytes of the reply that are still to be sent.
         var unsent = 0
-        var isRead = false
+        /// The payload is the client's to have.
+        var answersWithPayload = false
+        var asksForStatus = false
         /// The next free slot, or the slot of the next reply.
         var next: Int32 = 0
     }
 
     let volume: Volume
-    private let size: UInt64
-    private let isReadOnly: Bool
+    let format: WireFormat
+    /// Bytes of a request's header.
+    private let headerSize: Int
+    private let rules: RequestRules
+    private let contexts: VolumeContexts
     private let buffers: BufferPool
     /// Names this connection to the buffer pool.
     private let owner: Int
@@ -69,19 +79,22 @@ package final class Transmission {
     private(set) var isReading = true
     private var isStalled = false
 
-    /// The WRITE whose payload is being received.
+    /// The request whose payload is being received, and how long that is.
     private var partial = Transmission.noSlot
+    private var partialLength = 0
     private var partialHeader = RequestHeader(
         flags: [], command: 0, cookie: 0, offset: 0, length: 0)
     private var partialFilled = 0
     private var receivingInPlace = false
-    /// The refused WRITE whose payload is being thrown away.
+    /// The refused request whose payload is being thrown away.
     private var discarding: UInt64 = 0
     private var discardedSlot = Transmission.noSlot
-    private var discardedError = WireError.none
+    private var discardedRefusal = Refusal.unknownCommand
 
     // Slots
-    private let slots: UnsafeMutablePointer<Slot>
+    let slots: UnsafeMutablePointer<Slot>
+    /// What the slots that ask for status have asked; made when the first one does.
+    private var statusQueries: [StatusQuery?] = []
     private var freeSlot: Int32 = 0
     private(set) var occupied = 0
     /// Requests that the engine has.
@@ -89,7 +102,7 @@ package final class Transmission {
     private var payloadBytes = 0
 
     // Output
-    private var replies = ReplyQueue(capacity: Transmission.slotCount)
+    var replies = ReplyQueue(capacity: Transmission.slotCount)
     private var firstReply = Transmission.noSlot
     private var lastReply = Transmission.noSlot
     private var isBroken = false
@@ -101,10 +114,18 @@ package final class Transmission {
     /// The first refusal, for the log.
     private(set) var firstRefusal: Refusal?
 
-    init(volume: Volume, isReadOnly: Bool, buffers: BufferPool, owner: Int) {
+    init(
+        volume: Volume, agreement: Agreement, contexts: VolumeContexts, dataBlockSize: UInt64,
+        buffers: BufferPool, owner: Int
+    ) {
         self.volume = volume
-        size = volume.size
-        self.isReadOnly = isReadOnly
+        format = agreement.format
+        headerSize =
+            format == .extended ? RequestHeader.extendedSize : RequestHeader.size
+        rules = RequestRules(
+            exportSize: volume.size, isReadOnly: agreement.export.isReadOnly, format: format,
+            hasContexts: !contexts.isEmpty, dataBlockSize: dataBlockSize)
+        self.contexts = contexts
         self.buffers = buffers
         self.owner = owner
         cookieBase = UInt64(owner) << 32
@@ -133,12 +154,11 @@ package final class Transmission {
     func receiveSpace() -> UnsafeMutableRawBufferPointer? {
         guard isReading && !isStalled else { return nil }
         if partial != Self.noSlot {
-            let slot = slots + Int(partial)
-            let missing = slot.pointee.payloadLength - partialFilled
+            let missing = partialLength - partialFilled
             if missing >= Self.inPlaceMinimum || expectsLongWrite {
                 receivingInPlace = true
                 return UnsafeMutableRawBufferPointer(
-                    start: slot.pointee.payload! + partialFilled, count: missing)
+                    start: slots[Int(partial)].payload! + partialFilled, count: missing)
             }
         }
         // All that can be left is the beginning of a header.
@@ -163,7 +183,7 @@ package final class Transmission {
                 return
             }
             partialFilled += count
-            if partialFilled == slots[Int(partial)].payloadLength { submitPartial(sink) }
+            if partialFilled == partialLength { submitPartial(sink) }
         } else {
             guard isReading else { return }
             inputEnd += count
@@ -212,13 +232,20 @@ package final class Transmission {
             } else if discarding > 0 {
                 guard discard() else { break }
             } else {
-                guard inputEnd - inputStart >= RequestHeader.size else { break }
+                guard inputEnd - inputStart >= headerSize else { break }
                 guard freeSlot != Self.noSlot else {
                     isStalled = true
                     break
                 }
-                guard let header = RequestHeader.parse(input + inputStart) else {
+                let isExtended = format == .extended
+                guard let header = RequestHeader.parse(input + inputStart, extended: isExtended)
+                else {
                     violation = "a request does not begin with its magic number"
+                    endReading()
+                    break
+                }
+                if isExtended, header.payloadLength(extended: true) > Limits.maximumPayload {
+                    violation = "a payload of \(header.length) bytes"
                     endReading()
                     break
                 }
@@ -236,26 +263,37 @@ package final class Transmission {
 
     /// Acts on a header; false: it stays in the input until there is memory.
     private func begin(_ header: RequestHeader, _ sink: some RequestSink) -> Bool {
-        switch header.validated(exportSize: size, isReadOnly: isReadOnly) {
+        switch rules.verdict(header) {
         case .perform(.disconnect):
-            inputStart += RequestHeader.size
+            inputStart += headerSize
             didDisconnect = true
             endReading()
+        case .perform(.blockStatus):
+            return beginStatus(header, sink)
         case .perform(let command):
             return begin(header, command, sink)
         case .refuse(let refusal):
-            inputStart += RequestHeader.size
-            if firstRefusal == nil { firstRefusal = refusal }
-            let slot = takeSlot(header)
-            if header.payloadLength == 0 {
-                reply(slot, refusal.error)
-            } else {
-                discarding = header.payloadLength
-                discardedSlot = slot
-                discardedError = refusal.error
-            }
+            refuse(header, refusal)
         }
         return true
+    }
+
+    private func refuse(_ header: RequestHeader, _ refusal: Refusal) {
+        inputStart += headerSize
+        let slot = takeSlot(header)
+        let payload = header.payloadLength(extended: format == .extended)
+        if payload == 0 {
+            reply(slot, refusal)
+        } else {
+            discarding = payload
+            discardedSlot = slot
+            discardedRefusal = refusal
+        }
+    }
+
+    private func reply(_ slot: Int32, _ refusal: Refusal) {
+        if firstRefusal == nil { firstRefusal = refusal }
+        reply(slot, refusal.error, refusal.text)
     }
 
     private func begin(
@@ -263,27 +301,12 @@ package final class Transmission {
     ) -> Bool {
         let hasPayload = command == .read || command == .write
         let length = hasPayload ? Int(header.length) : 0
-        var payload: UnsafeMutableRawPointer?
-        if length > 0 {
-            guard payloadBytes == 0 || payloadBytes + length <= Self.payloadLimit else {
-                return false
-            }
-            payload = buffers.take(length, for: owner)
-            if payload == nil { return false }
-        }
-        inputStart += RequestHeader.size
-        let index = takeSlot(header)
-        let slot = slots + Int(index)
-        slot.pointee.payload = payload
-        slot.pointee.payloadLength = length
-        slot.pointee.isRead = command == .read
-        payloadBytes += length
+        guard let index = takeSlot(header, payload: length) else { return false }
+        slots[Int(index)].answersWithPayload = command == .read
         if header.length == 0 && command != .flush {
             reply(index, .none)
         } else if command == .write {
-            partial = index
-            partialHeader = header
-            partialFilled = 0
+            awaitPayload(of: header, in: index, length: length)
             expectsLongWrite = length >= Self.longWrite
         } else {
             if hasPayload { expectsLongWrite = false }
@@ -292,14 +315,69 @@ package final class Transmission {
         return true
     }
 
+    /// What follows the header goes into the slot's payload.
+    private func awaitPayload(of header: RequestHeader, in slot: Int32, length: Int) {
+        partial = slot
+        partialHeader = header
+        partialLength = length
+        partialFilled = 0
+    }
+
+    // MARK: - Block status
+
+    private func beginStatus(_ header: RequestHeader, _ sink: some RequestSink) -> Bool {
+        let hasPayload = header.flags.contains(.payloadLength)
+        if hasPayload && header.length > UInt64(StatusPayload.maximumSize) {
+            refuse(header, .damagedStatusPayload)
+            return true
+        }
+        let query = StatusQuery(
+            contexts, isSingle: header.flags.contains(.requestOne),
+            blocks: hasPayload ? nil : header.length / rules.dataBlockSize)
+        let chunk = chunkHeader(cookie: header.cookie, offset: header.offset)
+        let room = max(query.replySize(chunk), StatusPayload.maximumSize)
+        guard let index = takeSlot(header, payload: room) else { return false }
+        slots[Int(index)].asksForStatus = true
+        if statusQueries.isEmpty {
+            statusQueries = Array(repeating: nil, count: Self.slotCount)
+        }
+        statusQueries[Int(index)] = query
+        expectsLongWrite = false
+        if hasPayload && header.length > 0 {
+            awaitPayload(of: header, in: index, length: Int(header.length))
+        } else if hasPayload {
+            reply(index, .damagedStatusPayload)
+        } else {
+            submit(index, header, .blockStatus, sink)
+        }
+        return true
+    }
+
+    /// The payload names contexts, and how long the range is.
+    private func submitStatus(_ slot: Int32, _ header: RequestHeader, _ sink: some RequestSink) {
+        let bytes = UnsafeRawBufferPointer(
+            start: slots[Int(slot)].payload!, count: Int(header.length))
+        guard let payload = StatusPayload(bytes, selected: contexts.selected) else {
+            return reply(slot, .damagedStatusPayload)
+        }
+        if let refusal = rules.statusRefusal(offset: header.offset, length: payload.length) {
+            return reply(slot, refusal)
+        }
+        statusQueries[Int(slot)] = StatusQuery(
+            contexts.only(payload.contexts), isSingle: header.flags.contains(.requestOne),
+            blocks: payload.length / rules.dataBlockSize)
+        var header = header
+        header.length = payload.length
+        submit(slot, header, .blockStatus, sink)
+    }
+
     /// Copies what has arrived of the payload; false: some is missing.
     private func fillPartial(_ sink: some RequestSink) -> Bool {
-        let slot = slots + Int(partial)
-        let count = min(slot.pointee.payloadLength - partialFilled, inputEnd - inputStart)
-        memcpy(slot.pointee.payload! + partialFilled, input + inputStart, count)
+        let count = min(partialLength - partialFilled, inputEnd - inputStart)
+        memcpy(slots[Int(partial)].payload! + partialFilled, input + inputStart, count)
         partialFilled += count
         inputStart += count
-        guard partialFilled == slot.pointee.payloadLength else { return false }
+        guard partialFilled == partialLength else { return false }
         submitPartial(sink)
         return true
     }
@@ -307,7 +385,11 @@ package final class Transmission {
     private func submitPartial(_ sink: some RequestSink) {
         let slot = partial
         partial = Self.noSlot
-        submit(slot, partialHeader, .write, sink)
+        if slots[Int(slot)].asksForStatus {
+            submitStatus(slot, partialHeader, sink)
+        } else {
+            submit(slot, partialHeader, .write, sink)
+        }
     }
 
     private func releasePartial() {
@@ -323,7 +405,7 @@ package final class Transmission {
         guard discarding == 0 else { return false }
         let slot = discardedSlot
         discardedSlot = Self.noSlot
-        reply(slot, discardedError)
+        reply(slot, discardedRefusal)
         return true
     }
 
@@ -338,6 +420,7 @@ package final class Transmission {
             case .trim: .trim
             case .writeZeroes: .writeZeroes
             case .cache: .cache
+            case .blockStatus: .extents
             case .disconnect: preconditionFailure("a disconnect is not for the engine")
             }
         inFlight += 1
@@ -346,6 +429,7 @@ package final class Transmission {
                 operation: operation, volume: volume, offset: header.offset,
                 length: header.length, buffer: slots[Int(slot)].payload,
                 fua: header.flags.contains(.fua), noHole: header.flags.contains(.noHole),
+                query: slots[Int(slot)].asksForStatus ? statusQueries[Int(slot)]!.query : nil,
                 cookie: cookieBase | UInt64(slot)))
     }
 
@@ -355,21 +439,26 @@ package final class Transmission {
     func finish(_ index: Int, code: Int32) {
         inFlight -= 1
         let slot = Int32(index)
-        if !slots[index].isRead || code != 0 { givePayload(slot) }
-        reply(slot, code == 0 ? .none : WireError(errno: code))
+        if slots[index].asksForStatus {
+            let query = statusQueries[index]!
+            statusQueries[index] = nil
+            if code == 0 { return reply(slot, query) }
+        }
+        if !slots[index].answersWithPayload || code != 0 { givePayload(slot) }
+        if code == 0 { reply(slot, .none) } else { reply(slot, WireError(errno: code)) }
     }
 
-    private func reply(_ index: Int32, _ error: WireError) {
-        if isBroken {
-            release(index)
-            return
-        }
+    /// Where the replies of a request go; nil: nowhere, as nothing is sent any more.
+    func slotToAnswer(_ index: Int32) -> UnsafeMutablePointer<Slot>? {
+        guard isBroken else { return slots + Int(index) }
+        release(index)
+        return nil
+    }
+
+    /// The slot's reply, of so many bytes, has been put into the queue.
+    func queued(_ index: Int32, bytes: Int) {
         let slot = slots + Int(index)
-        let payload = slot.pointee.payload
-        let length = slot.pointee.payloadLength
-        replies.append(
-            error: error, cookie: slot.pointee.cookie, payload: payload, length: length)
-        slot.pointee.unsent = SimpleReply.size + (payload == nil ? 0 : length)
+        slot.pointee.unsent = bytes
         slot.pointee.next = Self.noSlot
         if lastReply == Self.noSlot {
             firstReply = index
@@ -431,12 +520,35 @@ package final class Transmission {
         let slot = slots + Int(index)
         freeSlot = slot.pointee.next
         occupied += 1
-        slot.pointee = Slot(cookie: header.cookie)
+        slot.pointee = Slot(cookie: header.cookie, offset: header.offset)
+        return index
+    }
+
+    /// Takes the header off the input, and a slot with a buffer for it; nil: there is no memory now,
+    /// and the header stays.
+    private func takeSlot(_ header: RequestHeader, payload length: Int) -> Int32? {
+        var payload: UnsafeMutableRawPointer?
+        if length > 0 {
+            guard payloadBytes == 0 || payloadBytes + length <= Self.payloadLimit else {
+                return nil
+            }
+            payload = buffers.take(length, for: owner)
+            if payload == nil { return nil }
+        }
+        inputStart += headerSize
+        let index = takeSlot(header)
+        slots[Int(index)].payload = payload
+        slots[Int(index)].payloadLength = length
+        payloadBytes += length
         return index
     }
 
     private func release(_ index: Int32) {
         givePayload(index)
+        if let extra = slots[Int(index)].extra {
+            extra.deallocate()
+            slots[Int(index)].extra = nil
+        }
         slots[Int(index)].next = freeSlot
         freeSlot = index
         occupied -= 1

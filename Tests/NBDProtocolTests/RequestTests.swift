@@ -16,7 +16,7 @@ private func header(
 private func verdict(_ header: RequestHeader, size: UInt64 = gibibyte, readOnly: Bool = false)
     -> Verdict
 {
-    header.validated(exportSize: size, isReadOnly: readOnly)
+    RequestRules(exportSize: size, isReadOnly: readOnly).verdict(header)
 }
 
 @Suite struct RequestTests {
@@ -30,7 +30,7 @@ private func verdict(_ header: RequestHeader, size: UInt64 = gibibyte, readOnly:
         #expect(request.command == 6)
         #expect(request.offset == 0x1_0000_0200)
         #expect(request.length == 0xFFFF_FE00)
-        #expect(request.payloadLength == 0)
+        #expect(request.payloadLength(extended: false) == 0)
         var reply = [UInt8](repeating: 0xEE, count: 16)
         reply.withUnsafeMutableBytes {
             SimpleReply.write(to: $0.baseAddress!, error: .noSpace, cookie: request.cookie)
@@ -121,11 +121,11 @@ private func verdict(_ header: RequestHeader, size: UInt64 = gibibyte, readOnly:
     }
 
     @Test func unknownCommandsAndFlags() {
-        for command in [7, 8, 9, 255, 0x8000, 0xFFFF] as [UInt16] {
+        for command in [8, 9, 255, 0x8000, 0xFFFF] as [UInt16] {
             let header = RequestHeader(
                 flags: [], command: command, cookie: 0, offset: 0, length: 512)
             #expect(verdict(header) == .refuse(.unknownCommand))
-            #expect(header.payloadLength == 0)
+            #expect(header.payloadLength(extended: false) == 0)
         }
         for bit in 1..<16 {
             let flags = CommandFlags(rawValue: 1 << UInt16(bit))
@@ -133,7 +133,7 @@ private func verdict(_ header: RequestHeader, size: UInt64 = gibibyte, readOnly:
                 #expect(verdict(header(command, flags: flags)) == .refuse(.unknownFlags))
             }
             #expect(verdict(header(.flush, length: 0, flags: flags)) == .refuse(.unknownFlags))
-            if bit != 1 {
+            if bit != 1 && bit != 4 {
                 #expect(verdict(header(.writeZeroes, flags: flags)) == .refuse(.unknownFlags))
             }
         }
@@ -144,7 +144,9 @@ private func verdict(_ header: RequestHeader, size: UInt64 = gibibyte, readOnly:
     @Test func errorsOfRefusals() {
         #expect(Refusal.readOnly.error == .notPermitted)
         #expect(Refusal.writePastEnd.error == .noSpace)
-        for refusal in Refusal.allCases where refusal != .readOnly && refusal != .writePastEnd {
+        #expect(Refusal.notFast.error == .notSupported)
+        let others: Set<Refusal> = [.readOnly, .writePastEnd, .notFast]
+        for refusal in Refusal.allCases where !others.contains(refusal) {
             #expect(refusal.error == .invalid)
         }
         #expect(Set(Refusal.allCases.map(\.description)).count == Refusal.allCases.count)
@@ -190,8 +192,9 @@ private func verdict(_ header: RequestHeader, size: UInt64 = gibibyte, readOnly:
             let header = wire.withUnsafeBytes { RequestHeader.parse($0.baseAddress!)! }
             let readOnly = Bool.random(using: &random)
             guard
-                case .perform(let command) = header.validated(
-                    exportSize: size, isReadOnly: readOnly), command != .disconnect
+                case .perform(let command) = RequestRules(
+                    exportSize: size, isReadOnly: readOnly
+                ).verdict(header), command != .disconnect
             else { continue }
             let (end, overflow) = header.offset.addingReportingOverflow(header.length)
             #expect(!overflow && end <= size && end % 512 == 0, "seed \(seed)")

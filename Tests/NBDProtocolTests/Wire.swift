@@ -45,22 +45,42 @@ struct TestDirectory: ExportDirectory {
     var names = ["alpha", "beta"]
     var opened: [String] = []
 
-    func exportNames() -> [String] { names }
+    func list(secure: Bool) -> [ListedExport] {
+        names.filter { secure || !secret.contains($0) }
+            .map { ListedExport(name: $0, description: "") }
+    }
     func describe(_ name: String) -> Export? {
         let name = name.isEmpty && names.count == 1 ? names[0] : name
         guard names.contains(name) else { return nil }
-        return Export(name: name, size: 1 << 30, isReadOnly: false, description: "thin volume")
+        return Export(
+            name: name, size: 1 << 30, isReadOnly: false, description: "thin volume",
+            requiresTLS: secret.contains(name))
     }
+    /// Meta contexts of every export.
+    var contexts = ["base:allocation", "test:one", "test:two"]
+    /// Exports that plaintext clients are not to see.
+    var secret: Set<String> = []
+    /// Why opening is refused.
+    var refusal: String?
+    var openedContexts: [MetaContext] = []
+
+    func contextNames(of: String, beginningWith prefix: String) -> [String] {
+        contexts.filter { $0.hasPrefix(prefix) }
+    }
+    func hasContext(_ context: String, of: String) -> Bool { contexts.contains(context) }
+
     /// How often it is still busy when somebody wants to open one of them.
     var busy = 0
 
-    mutating func open(_ name: String) -> ExportOpening {
+    mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening {
         guard let export = describe(name) else { return .absent }
         if busy > 0 {
             busy -= 1
             return .busy
         }
+        if let refusal { return .refused(refusal) }
         opened.append(export.name)
+        openedContexts = contexts
         return .opened(export)
     }
 }
@@ -86,11 +106,20 @@ struct Session {
     var rest: [UInt8] = []
     var directory: TestDirectory
     var isAtBoundary = true
+    /// How often TLS was started; it always succeeds, and is not to be seen in the output.
+    var startedTLS = 0
+    var agreement: Agreement? {
+        if case .transmit(let agreement) = outcome { return agreement }
+        return nil
+    }
 
     /// Feeds `input` in pieces that end at the given places, as a connection would.
-    init(_ input: [UInt8], cuts: [Int] = [], directory: TestDirectory = TestDirectory()) {
+    init(
+        _ input: [UInt8], cuts: [Int] = [], directory: TestDirectory = TestDirectory(),
+        tls: TLSPolicy = .off
+    ) {
         self.directory = directory
-        var handshake = Handshake()
+        var handshake = Handshake(tls: tls)
         var position = 0
         for end in cuts + [input.count] {
             while true {
@@ -102,6 +131,11 @@ struct Session {
                 self.outcome = outcome
                 isAtBoundary = handshake.isAtBoundary
                 if outcome == .send { continue }
+                if outcome == .startTLS {
+                    startedTLS += 1
+                    handshake.tlsEstablished()
+                    continue
+                }
                 if outcome == .receive {
                     precondition(position == end, "input was left though more is wanted")
                     break

@@ -52,7 +52,11 @@ private struct Expected {
     }
 
     private func makeTransmission() -> Transmission {
-        Transmission(volume: volume, isReadOnly: false, buffers: buffers, owner: 5)
+        let export = Export(
+            name: "v", size: volume.size, isReadOnly: false, description: "")
+        return Transmission(
+            volume: volume, agreement: Agreement(export: export), contexts: VolumeContexts(),
+            dataBlockSize: 64 << 10, buffers: buffers, owner: 5)
     }
 
     /// Moves as much of the stream as is wanted now, at most `limit` bytes; returns how much.

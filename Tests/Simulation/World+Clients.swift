@@ -347,7 +347,7 @@ extension World {
         case .flush:
             // It covers every connection's writes: the export says CAN_MULTI_CONN.
             model.flushed(sentAt: request.begun)
-        case .cache, .disconnect:
+        case .cache, .blockStatus, .disconnect:
             break
         }
         if options.cutsAtPromises, request.command == .flush || request.flags.contains(.fua),

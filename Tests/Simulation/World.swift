@@ -477,7 +477,7 @@ extension SentRequest {
     var changes: Bool {
         switch command {
         case .write, .trim, .writeZeroes: true
-        case .read, .flush, .cache, .disconnect: false
+        case .read, .flush, .cache, .blockStatus, .disconnect: false
         }
     }
     /// Its acknowledgement says that something will be kept.

@@ -112,7 +112,7 @@ final class SimulatedReactor {
         if index == places.count { places.append(nil) }
         let connection = Connection(
             socket: -1, index: index, generation: 0, peer: "a simulated client",
-            exports: PoolExports(pool: pool, isReadOnly: isReadOnly), buffers: buffers, tick: 0,
+            exports: PoolExports(pool: pool, settings: .init(), isReadOnly: isReadOnly), buffers: buffers, tick: 0,
             handshakeDeadline: .max)
         places[index] = Place(connection: connection, wire: wire)
         connection.begin(self)
@@ -176,7 +176,7 @@ final class SimulatedReactor {
             if !place.wire.isClosedByServer, place.receiving != nil { place.patience = 30 }
             place.wire.isClosedByServer = true
             if connection.isGone {
-                if let volume = connection.volume { pool.close(volume) }
+                connection.closeVolume()
                 places[index] = nil
             }
             return
