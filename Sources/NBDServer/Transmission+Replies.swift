@@ -54,6 +54,47 @@ extension Transmission {
         queued(index, bytes: size)
     }
 
+    /// Data and holes of a read, by their offsets.
+    func replyWithHoles(_ index: Int32) {
+        guard let slot = slotToAnswer(index) else { return }
+        let chunk = chunkHeader(cookie: slot.pointee.cookie, offset: slot.pointee.offset)
+        let list = holes! + Int(index)
+        list.pointee.sort()
+        let payload = slot.pointee.payload!
+        let start = slot.pointee.offset
+        let end = start + UInt64(slot.pointee.payloadLength)
+        let memory = UnsafeMutableRawPointer.allocate(
+            byteCount: list.pointee.count * (chunk.holeSize + chunk.dataSize) + chunk.dataSize,
+            alignment: 8)
+        slot.pointee.extra = memory
+        var header = memory
+        var bytes = 0
+        var cursor = start
+        func addData(to limit: UInt64) {
+            guard cursor < limit else { return }
+            let length = Int(limit - cursor)
+            chunk.writeData(to: header, at: cursor, length: length, isLast: limit == end)
+            replies.append(header, length: chunk.dataSize)
+            replies.append(payload + Int(cursor - start), length: length)
+            header += chunk.dataSize
+            bytes += chunk.dataSize + length
+        }
+        for place in 0..<list.pointee.count {
+            let hole = list.pointee[place]
+            addData(to: hole.offset)
+            cursor = hole.offset + hole.length
+            chunk.writeHole(
+                to: header, at: hole.offset, length: Int(hole.length), isLast: cursor == end)
+            replies.append(header, length: chunk.holeSize)
+            header += chunk.holeSize
+            bytes += chunk.holeSize
+        }
+        addData(to: end)
+        precondition(cursor <= end, "a hole beyond the request")
+        if bytes == chunk.holeSize { givePayload(index) }
+        queued(index, bytes: bytes)
+    }
+
     /// The status of a range, in the buffer that was taken for it.
     func reply(_ index: Int32, _ query: StatusQuery) {
         guard let slot = slotToAnswer(index) else { return }

@@ -54,6 +54,7 @@ package final class Transmission {
         /// The payload is the client's to have.
         var answersWithPayload = false
         var asksForStatus = false
+        var mayHaveHoles = false
         /// The next free slot, or the slot of the next reply.
         var next: Int32 = 0
     }
@@ -93,6 +94,8 @@ package final class Transmission {
 
     // Slots
     let slots: UnsafeMutablePointer<Slot>
+    /// The holes that reads have met, by slot; nil: the format cannot tell them.
+    let holes: UnsafeMutablePointer<HoleList>?
     /// What the slots that ask for status have asked; made when the first one does.
     private var statusQueries: [StatusQuery?] = []
     private var freeSlot: Int32 = 0
@@ -135,12 +138,14 @@ package final class Transmission {
             (slots + index).initialize(to: Slot(next: Int32(index + 1)))
         }
         slots[Self.slotCount - 1].next = Self.noSlot
+        holes = format == .simple ? nil : .allocate(capacity: Self.slotCount)
     }
 
     deinit {
         precondition(occupied == 0, "a connection was freed with requests in flight")
         input.deallocate()
         slots.deallocate()
+        holes?.deallocate()
     }
 
     /// The connection and slot of a cookie that was given to the engine.
@@ -423,6 +428,12 @@ package final class Transmission {
             case .blockStatus: .extents
             case .disconnect: preconditionFailure("a disconnect is not for the engine")
             }
+        var holes: UnsafeMutablePointer<HoleList>?
+        if let all = self.holes, command == .read, !header.flags.contains(.dontFragment) {
+            holes = all + Int(slot)
+            holes!.initialize(to: HoleList())
+            slots[Int(slot)].mayHaveHoles = true
+        }
         inFlight += 1
         sink.submit(
             VolumeRequest(
@@ -430,6 +441,7 @@ package final class Transmission {
                 length: header.length, buffer: slots[Int(slot)].payload,
                 fua: header.flags.contains(.fua), noHole: header.flags.contains(.noHole),
                 query: slots[Int(slot)].asksForStatus ? statusQueries[Int(slot)]!.query : nil,
+                holes: holes,
                 cookie: cookieBase | UInt64(slot)))
     }
 
@@ -443,6 +455,9 @@ package final class Transmission {
             let query = statusQueries[index]!
             statusQueries[index] = nil
             if code == 0 { return reply(slot, query) }
+        }
+        if slots[index].mayHaveHoles, code == 0, holes![index].count > 0 {
+            return replyWithHoles(slot)
         }
         if !slots[index].answersWithPayload || code != 0 { givePayload(slot) }
         if code == 0 { reply(slot, .none) } else { reply(slot, WireError(errno: code)) }
@@ -554,7 +569,7 @@ package final class Transmission {
         occupied -= 1
     }
 
-    private func givePayload(_ index: Int32) {
+    func givePayload(_ index: Int32) {
         let slot = slots + Int(index)
         guard let payload = slot.pointee.payload else { return }
         buffers.give(payload, length: slot.pointee.payloadLength)

@@ -47,13 +47,16 @@ public struct VolumeRequest {
     /// Extents: what is asked, and where the answer goes. Not retained: whoever submits the request
     /// keeps it until that is finished.
     public unowned(unsafe) var query: ExtentQuery?
+    /// Read: holes are told here instead of being filled. Empty, and valid until the request is
+    /// finished.
+    public var holes: UnsafeMutablePointer<HoleList>?
     /// The caller's; comes back from `takeFinished`.
     public var cookie: UInt64
 
     public init(
         operation: VolumeOperation, volume: Volume, offset: UInt64, length: UInt64,
         buffer: UnsafeMutableRawPointer? = nil, fua: Bool = false, noHole: Bool = false,
-        query: ExtentQuery? = nil, cookie: UInt64
+        query: ExtentQuery? = nil, holes: UnsafeMutablePointer<HoleList>? = nil, cookie: UInt64
     ) {
         self.operation = operation
         self.volume = volume
@@ -63,6 +66,7 @@ public struct VolumeRequest {
         self.fua = fua
         self.noHole = noHole
         self.query = query
+        self.holes = holes
         self.cookie = cookie
     }
 }

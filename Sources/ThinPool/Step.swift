@@ -16,6 +16,7 @@ struct Request: BitwiseCopyable {
     var end: UInt64 = 0
     var buffer: UnsafeMutableRawPointer?
     var query: Unmanaged<ExtentQuery>?
+    var holes: UnsafeMutablePointer<HoleList>?
     var cookie: UInt64 = 0
     /// Steps outstanding.
     var pending: Int32 = 0

@@ -56,7 +56,10 @@ extension VolumeIO {
         case .failure(let error):
             fail(index, error)
         case .success(.none):
-            memset(step.pointee.memory!, 0, step.pointee.length)
+            let start = step.pointee.virtualBlock * blockSize + UInt64(step.pointee.start)
+            readHole(
+                requests[step.pointee.request], step.pointee.memory!,
+                start..<start + UInt64(step.pointee.length))
             end(index)
         case .success(.some(let mapping)):
             startInPlace(index, mapping)

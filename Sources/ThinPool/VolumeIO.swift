@@ -116,6 +116,7 @@ public final class VolumeIO: @unchecked Sendable {
             volume: Unmanaged.passUnretained(request.volume), offset: request.offset,
             cursor: request.offset, end: request.offset + request.length,
             buffer: request.buffer, query: request.query.map { .passUnretained($0) },
+            holes: request.holes,
             cookie: request.cookie)
         switch request.operation {
         case .read, .write, .writeZeroes:
@@ -231,7 +232,7 @@ public final class VolumeIO: @unchecked Sendable {
             let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
             switch volume.table.lookup(block) {
             case .unmapped:
-                memset(memory, 0, Int(limit - cursor))
+                readHole(request, memory, cursor..<limit)
             case .unknown:
                 ask(index, .read, block: block, from: cursor, to: limit, memory: memory)
             case .mapped(let mapping):
@@ -253,6 +254,20 @@ public final class VolumeIO: @unchecked Sendable {
             cursor = limit
         }
         request.pointee.cursor = cursor
+    }
+
+    /// - Parameter range: bytes of the volume that have no block; `memory` is theirs.
+    @inline(__always)
+    func readHole(
+        _ request: UnsafeMutablePointer<Request>, _ memory: UnsafeMutableRawPointer,
+        _ range: Range<UInt64>
+    ) {
+        if let holes = request.pointee.holes,
+            holes.pointee.append(range.lowerBound, range.upperBound)
+        {
+            return
+        }
+        memset(memory, 0, range.count)
     }
 
     private func advanceWrite(_ index: Int32) {

@@ -83,6 +83,19 @@ final class Client {
         }
     }
 
+    /// What there is, at least one byte.
+    func receiveSome() throws -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: 1 << 16)
+        while true {
+            let result = recv(socket, &bytes, bytes.count, 0)
+            if result < 0 && errno == EINTR { continue }
+            guard result > 0 else {
+                throw ClientError(result == 0 ? "the server hung up" : "receive: \(errno)")
+            }
+            return Array(bytes.prefix(result))
+        }
+    }
+
     func receive(_ count: Int) throws -> [UInt8] {
         var bytes = [UInt8](repeating: 0, count: count)
         var received = 0
@@ -173,6 +186,20 @@ final class Client {
     ) -> [UInt8] {
         bigEndianBytes(Magic.request) + bigEndianBytes(flags.rawValue) + bigEndianBytes(command)
             + bigEndianBytes(cookie) + bigEndianBytes(offset) + bigEndianBytes(length)
+    }
+
+    /// In the format that was agreed on.
+    static func request(
+        _ command: UInt16, cookie: UInt64, offset: UInt64 = 0, length: UInt64 = 0,
+        flags: CommandFlags = [], format: WireFormat
+    ) -> [UInt8] {
+        guard format == .extended else {
+            return request(
+                command, cookie: cookie, offset: offset, length: UInt32(length), flags: flags)
+        }
+        return bigEndianBytes(Magic.extendedRequest) + bigEndianBytes(flags.rawValue)
+            + bigEndianBytes(command) + bigEndianBytes(cookie) + bigEndianBytes(offset)
+            + bigEndianBytes(length)
     }
 
     static func request(

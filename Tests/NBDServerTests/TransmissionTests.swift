@@ -16,12 +16,21 @@ private final class TestSink: RequestSink {
 
     func submit(_ request: VolumeRequest) { waiting.append(request) }
 
-    func perform(_ request: VolumeRequest) {
+    /// - Parameter holes: which parts of a read to tell as holes; their bytes are garbage then.
+    func perform(_ request: VolumeRequest, holes: [Range<UInt64>] = []) {
         let range = Int(request.offset)..<Int(request.offset + request.length)
         switch request.operation {
         case .read:
             image[range].withUnsafeBytes {
                 request.buffer!.copyMemory(from: $0.baseAddress!, byteCount: $0.count)
+            }
+            guard let list = request.holes else { break }
+            for hole in holes {
+                let hole = hole.clamped(to: request.offset..<request.offset + request.length)
+                guard !hole.isEmpty, list.pointee.append(hole.lowerBound, hole.upperBound) else {
+                    continue
+                }
+                memset(request.buffer! + Int(hole.lowerBound - request.offset), 0xDB, hole.count)
             }
         case .write:
             let source = UnsafeRawBufferPointer(start: request.buffer, count: range.count)
@@ -31,12 +40,6 @@ private final class TestSink: RequestSink {
         case .flush, .cache, .extents: break
         }
     }
-}
-
-/// What a request has to be answered with.
-private struct Expected {
-    var error: WireError
-    var data: [UInt8]?
 }
 
 @Suite struct TransmissionTests {
@@ -51,11 +54,11 @@ private struct Expected {
         volume = pool.pool.open(exportNamed: "v")!
     }
 
-    private func makeTransmission() -> Transmission {
+    private func makeTransmission(_ format: WireFormat = .simple) -> Transmission {
         let export = Export(
             name: "v", size: volume.size, isReadOnly: false, description: "")
         return Transmission(
-            volume: volume, agreement: Agreement(export: export), contexts: VolumeContexts(),
+            volume: volume, agreement: Agreement(export: export, format: format), contexts: VolumeContexts(),
             dataBlockSize: 64 << 10, buffers: buffers, owner: 5)
     }
 
@@ -202,14 +205,27 @@ private struct Expected {
     }
 
     /// The heart of it: random requests, good and bad, against a model.
-    @Test(arguments: 0..<12 as Range<UInt64>)
-    func randomStreams(seed: UInt64) throws {
+    @Test(arguments: 0..<12 as Range<UInt64>, [WireFormat.simple, .structured, .extended])
+    func randomStreams(seed: UInt64, format: WireFormat) throws {
         var random = SplitMix(state: seed)
-        let transmission = makeTransmission()
+        let transmission = makeTransmission(format)
         let sink = TestSink(size: Self.size)
         var model = [UInt8](repeating: 0, count: Self.size)
         var stream: [UInt8] = []
-        var expected: [UInt64: Expected] = [:]
+        var expected: [UInt64: Answer] = [:]
+        var replies = ReplyStream(format: format)
+        func ask(
+            _ command: UInt16, _ cookie: UInt64, _ offset: Int = 0, _ length: Int = 0,
+            _ error: WireError, payload: [UInt8] = [], data: [UInt8]? = nil,
+            flags: CommandFlags = []
+        ) {
+            stream +=
+                Client.request(
+                    command, cookie: cookie, offset: UInt64(offset), length: UInt64(length),
+                    flags: flags, format: format) + payload
+            expected[cookie] = Answer(error: error.rawValue, data: data)
+            replies.asked[cookie] = .init(offset: UInt64(offset), length: data.map(\.count))
+        }
         // Writes go to places of their own, so that the order does not matter.
         var place = 0
         for cookie in 0..<UInt64(400) {
@@ -217,38 +233,32 @@ private struct Expected {
             switch Int.random(in: 0..<12, using: &random) {
             case 0...4 where place + length <= Self.size:
                 let bytes = random.bytes(length)
-                stream +=
-                    Client.request(
-                        .write, cookie: cookie, offset: UInt64(place), length: UInt32(length))
-                    + bytes
+                ask(Command.write.rawValue, cookie, place, length, .none, payload: bytes)
                 model.replaceSubrange(place..<place + length, with: bytes)
                 place += length
-                expected[cookie] = Expected(error: .none)
             case 5:
-                stream +=
-                    Client.request(
-                        .write, cookie: cookie, offset: UInt64(Self.size), length: UInt32(length))
-                    + [UInt8](repeating: 0xEE, count: length)
-                expected[cookie] = Expected(error: length == 0 ? .none : .noSpace)
+                ask(
+                    Command.write.rawValue, cookie, Self.size, length,
+                    length == 0 ? .none : .noSpace,
+                    payload: [UInt8](repeating: 0xEE, count: length))
             case 6:
-                stream +=
-                    Client.request(
-                        .write, cookie: cookie, offset: 3, length: UInt32(length))
-                    + [UInt8](repeating: 0x25, count: length)
-                expected[cookie] = Expected(error: .invalid)
+                ask(
+                    Command.write.rawValue, cookie, 3, length, .invalid,
+                    payload: [UInt8](repeating: 0x25, count: length))
             case 7:
-                stream += Client.request(UInt16.random(in: 7..<100, using: &random), cookie: cookie)
-                expected[cookie] = Expected(error: .invalid)
+                ask(UInt16.random(in: 7..<100, using: &random), cookie, 0, 0, .invalid)
             case 8:
-                stream += Client.request(.flush, cookie: cookie)
-                expected[cookie] = Expected(error: .none)
+                ask(Command.flush.rawValue, cookie, 0, 0, .none)
+            case 9 where format == .extended:
+                // A payload where there is to be none is taken off the stream all the same.
+                ask(
+                    Command.trim.rawValue, cookie, 0, length, .invalid,
+                    payload: random.bytes(length), flags: .payloadLength)
             default:
                 // What will never be written: zeroes, whatever the order.
-                let offset = Self.size - 131_072
-                stream += Client.request(
-                    .read, cookie: cookie, offset: UInt64(offset), length: UInt32(length))
-                expected[cookie] = Expected(
-                    error: .none, data: [UInt8](repeating: 0, count: length))
+                ask(
+                    Command.read.rawValue, cookie, Self.size - 131_072, length, .none,
+                    data: [UInt8](repeating: 0, count: length))
             }
             if place > Self.size - 262_144 { place = Self.size }
         }
@@ -264,7 +274,12 @@ private struct Expected {
                 for _ in 0..<Int.random(in: 0..<20, using: &random) where !sink.waiting.isEmpty {
                     let index = Int.random(in: 0..<sink.waiting.count, using: &random)
                     let request = sink.waiting.remove(at: index)
-                    sink.perform(request)
+                    let holes = (0..<Int.random(in: 0..<20, using: &random)).map { _ in
+                        let at = UInt64.random(in: 0..<256, using: &random) * 512
+                        let start = UInt64(Self.size - 131_072) + at
+                        return start..<start + 512
+                    }
+                    sink.perform(request, holes: Array(Set(holes)))
                     transmission.finish(Transmission.place(of: request.cookie).slot, code: 0)
                 }
             default:
@@ -277,22 +292,15 @@ private struct Expected {
         #expect(buffers.inUse == 0)
         #expect(sink.image == model, "seed \(seed)")
 
-        var rest = output[...]
-        while !rest.isEmpty {
-            try #require(rest.count >= 16)
-            let header = Array(rest.prefix(16))
-            rest = rest.dropFirst(16)
-            #expect(bigEndian(header, 0, as: UInt32.self) == Magic.simpleReply)
-            let cookie = bigEndian(header, 8, as: UInt64.self)
-            let removed = expected.removeValue(forKey: cookie)
-            let answer = try #require(removed, "seed \(seed)")
-            #expect(bigEndian(header, 4, as: UInt32.self) == answer.error.rawValue)
-            if let data = answer.data {
-                #expect(Array(rest.prefix(data.count)) == data)
-                rest = rest.dropFirst(data.count)
-            }
+        try replies.append(output)
+        #expect(replies.isAtBoundary && replies.asked.isEmpty, "seed \(seed)")
+        for (cookie, answer) in replies.answers {
+            let wanted = try #require(expected[cookie])
+            #expect(answer.error == wanted.error && answer.data == wanted.data, "seed \(seed)")
+            #expect(answer.text.isEmpty == (answer.error == 0 || format == .simple))
         }
-        #expect(expected.isEmpty, "seed \(seed)")
+        let holes = replies.answers.values.reduce(0) { $0 + $1.holes }
+        #expect((holes > 0) == (format != .simple))
     }
 
     /// Bytes of no meaning: no crash, and the memory comes back.
