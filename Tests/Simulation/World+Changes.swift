@@ -25,7 +25,7 @@ extension World {
         if isInUse && !random.oneIn(8) { return }
         ask(.delete(name: model.name))
         // Somebody comes too late.
-        if random.oneIn(2) { connect(SimulatedClient(model: model)) }
+        if random.oneIn(2) { connect(newClient(model)) }
     }
 
     func leaveAll(_ model: VolumeModel) {

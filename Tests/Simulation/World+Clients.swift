@@ -11,7 +11,7 @@ extension World {
         if clients.count < options.clients, !random.oneIn(4), let model = randomModel(),
             !model.isGoing
         {
-            connect(SimulatedClient(model: model))
+            connect(newClient(model))
         } else if !clients.isEmpty {
             let client = clients[random.below(clients.count)]
             if random.oneIn(3) {
@@ -20,6 +20,13 @@ extension World {
                 client.leave()
             }
         }
+    }
+
+    /// Each format in turn.
+    func newClient(_ model: VolumeModel) -> SimulatedClient {
+        let formats = [WireFormat.simple, .structured, .extended]
+        clientsMade += 1
+        return SimulatedClient(model: model, format: formats[clientsMade % formats.count])
     }
 
     func connect(_ client: SimulatedClient, to reactor: Int? = nil) {
@@ -113,7 +120,7 @@ extension World {
         let ready = clients.filter(\.isReady)
         guard !ready.isEmpty else {
             if clients.isEmpty, let model = randomModel(), !model.isGoing {
-                connect(SimulatedClient(model: model))
+                connect(newClient(model))
             }
             return
         }
@@ -153,7 +160,7 @@ extension World {
             // Many of one reactor and of the longest volume.
             let sorted = models.values.sorted { ($0.sectors, $0.name) < ($1.sectors, $1.name) }
             guard let longest = sorted.last, !longest.isGoing else { return }
-            for _ in 0..<4 { connect(SimulatedClient(model: longest), to: 0) }
+            for _ in 0..<4 { connect(newClient(longest), to: 0) }
             for _ in 0..<200 { try progress() }
         }
         let ready = clients.filter(\.isReady)

@@ -62,7 +62,7 @@ extension World {
     func failFlush() throws {
         for number in clients.count..<max(4, clients.count) {
             if let model = randomModel(), !model.isGoing {
-                connect(SimulatedClient(model: model), to: number % reactors.count)
+                connect(newClient(model), to: number % reactors.count)
             }
         }
         try goOn(40)
@@ -201,7 +201,7 @@ extension World {
             let own = clients.filter { $0.model === model && !$0.isLeaving && !$0.hasOffended }
             if let ready = own.first(where: { $0.state == .ready }) { return ready }
             if own.isEmpty, !model.isGoing, models[model.name] === model {
-                connect(SimulatedClient(model: model))
+                connect(newClient(model))
             }
             try progress()
             if failedAt != nil { return nil }

@@ -54,6 +54,7 @@ public final class World {
     var hasRot = false
     /// Why the pool failed with no fault in sight, and whatever else may never happen.
     var wrong: WorldFailure?
+    var clientsMade = 0
     /// Faults of the metadata disk when the pool failed.
     var metadataStruckAtFailure = 0
     /// The pool is open read-only.

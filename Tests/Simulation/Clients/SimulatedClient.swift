@@ -92,10 +92,17 @@ final class SimulatedClient {
 
     private static let greetingSize = 18
     private static let optionReplySize = 20
-    private static let replySize = 16
 
-    init(model: VolumeModel) {
+    /// How it talks.
+    private let format: WireFormat
+    private var reader: ReplyReader
+    /// Answers to options that are still to come before the one to GO.
+    private var acknowledgements = 0
+
+    init(model: VolumeModel, format: WireFormat = .simple) {
         self.model = model
+        self.format = format
+        reader = ReplyReader(format: format)
         greet()
     }
 
@@ -109,12 +116,20 @@ final class SimulatedClient {
         hasGreeting = false
         hasOffended = false
         state = .negotiating
+        reader = ReplyReader(format: format)
         greet()
         return open
     }
 
     private func greet() {
         wire.toServer.append(big: ClientFlag.fixedNewstyle | ClientFlag.noZeroes)
+        acknowledgements = format == .simple ? 0 : 1
+        if format != .simple {
+            let option = format == .structured ? OptionCode.structuredReply : .extendedHeaders
+            wire.toServer.append(big: Magic.option)
+            wire.toServer.append(big: option.rawValue)
+            wire.toServer.append(big: UInt32(0))
+        }
         let name = Array(model.name.utf8)
         wire.toServer.append(big: Magic.option)
         wire.toServer.append(big: OptionCode.go.rawValue)
@@ -128,23 +143,18 @@ final class SimulatedClient {
         let cookie = nextCookie
         nextCookie += 1
         unanswered[cookie] = request
-        wire.toServer.append(big: Magic.request)
         if let wrong = request.wrong {
-            wire.toServer.append(big: wrong.flags)
-            wire.toServer.append(big: wrong.type)
-            wire.toServer.append(big: cookie)
-            wire.toServer.append(big: wrong.offset)
-            wire.toServer.append(big: wrong.length)
+            appendHeader(
+                flags: wrong.flags, type: wrong.type, cookie: cookie, wrong.offset,
+                UInt64(wrong.length))
             if wrong.hasPayload {
                 wire.toServer += [UInt8](repeating: 0x77, count: Int(wrong.length))
             }
             return
         }
-        wire.toServer.append(big: request.flags.rawValue)
-        wire.toServer.append(big: request.command.rawValue)
-        wire.toServer.append(big: cookie)
-        wire.toServer.append(big: UInt64(request.sectors.lowerBound) * 512)
-        wire.toServer.append(big: UInt32(request.sectors.count) * 512)
+        appendHeader(
+            flags: request.flags.rawValue, type: request.command.rawValue, cookie: cookie,
+            UInt64(request.sectors.lowerBound) * 512, UInt64(request.sectors.count) * 512)
         guard request.command == .write else { return }
         let words = request.sectors.count * 64
         wire.toServer.reserveCapacity(wire.toServer.count + words * 8)
@@ -153,19 +163,32 @@ final class SimulatedClient {
         }
     }
 
+    private func appendHeader(
+        flags: UInt16, type: UInt16, cookie: UInt64, _ offset: UInt64, _ length: UInt64
+    ) {
+        wire.toServer.append(
+            big: format == .extended ? Magic.extendedRequest : Magic.request)
+        wire.toServer.append(big: flags)
+        wire.toServer.append(big: type)
+        wire.toServer.append(big: cookie)
+        wire.toServer.append(big: offset)
+        if format == .extended {
+            wire.toServer.append(big: length)
+        } else {
+            wire.toServer.append(big: UInt32(length))
+        }
+    }
+
     /// Says that it leaves; it still takes the answers to what it has sent.
     func leave() {
         isLeaving = true
-        wire.toServer.append(big: Magic.request)
-        wire.toServer.append(big: UInt16(0))
-        wire.toServer.append(big: Command.disconnect.rawValue)
-        wire.toServer += [UInt8](repeating: 0, count: 20)
+        appendHeader(flags: 0, type: Command.disconnect.rawValue, cookie: 0, 0, 0)
     }
 
     /// Sends what does not begin as a request does.
     func offend() {
         hasOffended = true
-        wire.toServer += [UInt8](repeating: 0x55, count: 28)
+        wire.toServer += [UInt8](repeating: 0x55, count: RequestHeader.extendedSize)
     }
 
     var canReceive: Bool { !wire.toClient.isEmpty }
@@ -177,25 +200,14 @@ final class SimulatedClient {
         var place = 0
         if state == .negotiating { place = try negotiate() }
         var replies: [ClientReply] = []
-        while state == .ready, input.count - place >= Self.replySize {
-            let header = input[place...]
-            guard header.big(0, as: UInt32.self) == Magic.simpleReply else {
-                throw WorldFailure(description: "a reply does not begin with its magic number")
-            }
-            let error = header.big(4, as: UInt32.self)
-            let cookie = header.big(8, as: UInt64.self)
-            guard let request = unanswered[cookie] else {
-                throw WorldFailure(description: "a reply to request \(cookie), which is not open")
-            }
-            let length =
-                request.command == .read && error == 0 ? request.sectors.count * 512 : 0
-            guard input.count - place >= Self.replySize + length else { break }
-            place += Self.replySize
-            unanswered[cookie] = nil
+        while state == .ready,
+            let (taken, whole) = try reader.take(input[place...], { unanswered[$0] })
+        {
+            place += taken
+            guard let whole else { continue }
+            let request = unanswered.removeValue(forKey: whole.cookie)!
             replies.append(
-                ClientReply(
-                    request: request, error: error, payload: input[place..<place + length]))
-            place += length
+                ClientReply(request: request, error: whole.error, payload: whole.payload[...]))
         }
         input.removeFirst(place)
         return replies
@@ -217,7 +229,9 @@ final class SimulatedClient {
             let length = Int(reply.big(16, as: UInt32.self))
             guard input.count - place >= Self.optionReplySize + length else { break }
             place += Self.optionReplySize + length
-            if type == .ack {
+            if type == .ack, acknowledgements > 0 {
+                acknowledgements -= 1
+            } else if type == .ack {
                 state = .ready
             } else if type != .info {
                 state = .refused
@@ -232,7 +246,7 @@ final class SimulatedClient {
         guard isLeaving else {
             throw WorldFailure(description: "the server hangs up on a client of \(model.name)")
         }
-        guard unanswered.isEmpty, input.isEmpty else {
+        guard unanswered.isEmpty, input.isEmpty, reader.isAtBoundary else {
             throw WorldFailure(
                 description: "\(unanswered.count) requests of a client of \(model.name) that "
                     + "leaves in order are not answered")
