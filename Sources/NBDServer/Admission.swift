@@ -32,7 +32,7 @@ package final class Admission: Sendable {
     /// One connection, from its admission to its end.
     package struct Session: Hashable, Sendable {
         fileprivate let number: UInt64
-        let owner: Peer.Owner
+        package let owner: Peer.Owner
         /// Who serves it.
         let reactor: Int
     }
