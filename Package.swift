@@ -20,7 +20,7 @@ let package = Package(
         .executableTarget(
             name: "wafer",
             dependencies: [
-                "Control",
+                "Control", "NBDServer",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ],

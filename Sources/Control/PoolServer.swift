@@ -8,37 +8,7 @@ import BlockIO
 import Glibc
 import Logging
 import NBDServer
-import ThinMetadata
 import ThinPool
-
-public struct ServeOptions: Sendable {
-    public enum IOChoice: String, Sendable, CaseIterable {
-        /// io_uring where the system has it.
-        case auto
-        /// io_uring or nothing.
-        case uring
-        /// poll and plain reads and writes.
-        case poll
-    }
-
-    /// If there is neither a path nor an address: `nbd.sock` in the pool's directory.
-    public var unixPaths: [String] = []
-    public var tcpAddresses: [(host: String, port: UInt16)] = []
-    public var reactors = 1
-    public var maxConnections = 1000
-    public var payloadBytes = MemoryBudget.payloadBytes
-    public var io = IOChoice.auto
-    public var pool = PoolOptions()
-
-    public init() { setCache(bytes: MemoryBudget.cacheBytes) }
-
-    /// Memory for the map, which tables and metadata blocks share.
-    public mutating func setCache(bytes: Int) {
-        let metadata = MemoryBudget.metadataBytes(of: bytes)
-        pool.cacheBlocks = metadata / Layout.blockSize
-        pool.tableBytes = bytes - metadata
-    }
-}
 
 /// `start`, `stop` and the release are one thread's.
 public final class PoolServer {
@@ -69,21 +39,37 @@ public final class PoolServer {
             try? local.close()
             throw error
         }
-        var configuration = Server.Configuration(
-            dataFileDescriptor: local.data.fileDescriptor)
-        configuration.dataIsInMemory = local.data.isInMemory
-        configuration.unixPaths = options.unixPaths.map(Self.socketPath)
-        configuration.tcpAddresses = options.tcpAddresses
-        if options.unixPaths.isEmpty && options.tcpAddresses.isEmpty {
-            configuration.unixPaths = [Self.socketPath(directory.nbdSocketPath)]
-        }
-        configuration.reactors = options.reactors
-        configuration.readOnly = options.pool.readOnly
-        configuration.maxConnections = options.maxConnections
-        configuration.payloadBytesTotal = options.payloadBytes
-        configuration.allowRing = allowRing
+        let configuration = Self.configuration(directory, local, options, allowRing: allowRing)
         server = Server(pool: local.pool, configuration: configuration, logger: logger)
         describe(local)
+    }
+
+    private static func configuration(
+        _ directory: PoolDirectory, _ local: LocalPool, _ options: ServeOptions, allowRing: Bool
+    ) -> Server.Configuration {
+        var configuration = Server.Configuration(dataFileDescriptor: local.data.fileDescriptor)
+        configuration.dataIsInMemory = local.data.isInMemory
+        configuration.allowRing = allowRing
+        configuration.readOnly = options.pool.readOnly
+        configuration.reactors = options.reactors
+        configuration.payloadBytesTotal = options.payloadBytes
+
+        let paths = options.hasWayIn ? options.unixPaths : [directory.nbdSocketPath]
+        configuration.unixPaths = paths.map(socketPath)
+        configuration.unixAccess = options.unixAccess
+        configuration.tcpAddresses = options.tcpAddresses
+        configuration.listeningSockets = options.listeningSockets
+        configuration.connectedSocket = options.connectedSocket
+        configuration.onConnectedEnd = options.onConnectedEnd
+
+        configuration.rules = options.rules
+        configuration.maxConnections = options.maxConnections
+        configuration.maxConnectionsOfClient = options.maxConnectionsOfClient
+        configuration.maxConnectionsToExport = options.maxConnectionsToExport
+        configuration.handshakeTimeout = options.handshakeTimeout
+        configuration.idleTimeout = options.idleTimeout
+        configuration.keepAliveSeconds = options.keepAliveSeconds
+        return configuration
     }
 
     /// A URI is of use everywhere if its path is absolute; but a socket's path is short.

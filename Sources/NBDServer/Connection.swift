@@ -37,6 +37,11 @@ package final class Connection {
     var watchedSince: UInt64
     /// The reactor's tick by which the handshake has to end.
     let handshakeDeadline: UInt64
+    /// Since which tick nothing has moved, as far as the reactor looked, and what had by then.
+    var idleSince: UInt64
+    var idleMoved: UInt64 = 0
+    /// What it counts as, where connections are counted.
+    let session: Admission.Session?
 
     // Handshake
     private var exports: PoolExports
@@ -63,9 +68,18 @@ package final class Connection {
     /// Enough for any option that a client sends; longer ones arrive in pieces.
     private static let greetingCapacity = 4096
 
-    package init(
+    package convenience init(
         socket: Int32, index: Int, generation: UInt32, peer: String, exports: PoolExports,
         buffers: BufferPool, tick: UInt64, handshakeDeadline: UInt64
+    ) {
+        self.init(
+            socket: socket, index: index, generation: generation, peer: peer, exports: exports,
+            buffers: buffers, tick: tick, handshakeDeadline: handshakeDeadline, session: nil)
+    }
+
+    init(
+        socket: Int32, index: Int, generation: UInt32, peer: String, exports: PoolExports,
+        buffers: BufferPool, tick: UInt64, handshakeDeadline: UInt64, session: Admission.Session?
     ) {
         self.socket = socket
         self.index = index
@@ -73,7 +87,9 @@ package final class Connection {
         self.peer = peer
         self.exports = exports
         self.buffers = buffers
+        self.session = session
         watchedSince = tick
+        idleSince = tick
         self.handshakeDeadline = handshakeDeadline
         greetingInput = .allocate(byteCount: Self.greetingCapacity, alignment: 16)
         greetingMessage = .allocate(capacity: 1)

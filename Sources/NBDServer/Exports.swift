@@ -19,6 +19,8 @@ package struct PoolExports: ExportDirectory {
     let settings: Settings
     /// This client may only read.
     let isReadOnly: Bool
+    /// Asked when a volume is opened: nil, or why this client may not have it.
+    private let refusal: @Sendable (String) -> String?
     /// The volume of the export that was opened; whoever takes it closes it.
     private(set) var opened: Volume?
     /// What the session has selected, and the volumes that are compared with: as long as they are
@@ -29,10 +31,14 @@ package struct PoolExports: ExportDirectory {
     /// Names of contexts that a list of all of them shows.
     private static let mostListedBases = 100
 
-    package init(pool: Pool, settings: Settings, isReadOnly: Bool = false) {
+    package init(
+        pool: Pool, settings: Settings, isReadOnly: Bool = false,
+        refusal: @escaping @Sendable (String) -> String? = { _ in nil }
+    ) {
         self.pool = pool
         self.settings = settings
         self.isReadOnly = isReadOnly || settings.isReadOnly
+        self.refusal = refusal
     }
 
     /// Gives up what was opened.
@@ -73,6 +79,12 @@ package struct PoolExports: ExportDirectory {
                 return .refused("what \(context.name) compares with has been deleted")
             }
             self.contexts.append(context, kind)
+        }
+        // Last, because who is not refused counts.
+        if let reason = refusal(volume.name) {
+            pool.close(volume)
+            closeBases()
+            return .refused(reason)
         }
         opened = volume
         return .opened(export(volume))

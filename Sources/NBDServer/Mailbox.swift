@@ -1,4 +1,5 @@
-// What other threads have for a reactor: accepted connections, the wish to stop, a nudge.
+// What other threads have for a reactor: accepted connections, and those that have to make room for
+// others, the wish to stop, a nudge.
 //
 // The eventfd is written once for any number of nudges until the reactor acknowledges; it does so
 // before it looks for what it was nudged about, so that nothing is overlooked.
@@ -8,7 +9,8 @@ import Synchronization
 
 final class Mailbox: Sendable {
     private struct Contents {
-        var sockets: [Int32] = []
+        var arrivals: [Arrival] = []
+        var displaced: [Admission.Session] = []
         var isClosed = false
     }
 
@@ -46,26 +48,40 @@ final class Mailbox: Sendable {
     }
 
     /// Hands a connected socket over; false: the reactor has ended, and the caller keeps it.
-    func deliver(socket: Int32) -> Bool {
+    func deliver(_ arrival: Arrival) -> Bool {
         let isTaken = contents.withLock { contents in
-            if !contents.isClosed { contents.sockets.append(socket) }
+            if !contents.isClosed { contents.arrivals.append(arrival) }
             return !contents.isClosed
         }
         if isTaken { nudge() }
         return isTaken
     }
 
-    func takeSockets() -> [Int32] {
+    func takeArrivals() -> [Arrival] {
         contents.withLock { contents in
-            let sockets = contents.sockets
-            contents.sockets.removeAll(keepingCapacity: true)
-            return sockets
+            let arrivals = contents.arrivals
+            contents.arrivals.removeAll(keepingCapacity: true)
+            return arrivals
+        }
+    }
+
+    /// Has a connection of the reactor's ended. Its arrival has been delivered before.
+    func displace(_ session: Admission.Session) {
+        contents.withLock { $0.displaced.append(session) }
+        nudge()
+    }
+
+    func takeDisplaced() -> [Admission.Session] {
+        contents.withLock { contents in
+            let displaced = contents.displaced
+            contents.displaced.removeAll(keepingCapacity: true)
+            return displaced
         }
     }
 
     /// The reactor ends: what is still in the box is its own to close.
-    func close() -> [Int32] {
+    func close() -> [Arrival] {
         contents.withLock { $0.isClosed = true }
-        return takeSockets()
+        return takeArrivals()
     }
 }

@@ -10,6 +10,7 @@
 // 3. A connection is freed when neither the kernel nor the engine has anything of it.
 
 import BlockIO
+import CLinux
 import Glibc
 import Logging
 import ThinPool
@@ -35,7 +36,12 @@ final class Reactor {
     private var doors: [Door]
     private var nextReactor = 0
 
+    /// The client that was connected before the server started, while it is this reactor's.
+    private var firstSession: Admission.Session?
+
     // Connections, by index.
+    /// Indices; some more than count, for those that end in favour of others.
+    private let capacity: Int
     private let connections: UnsafeMutablePointer<Connection?>
     private var freeIndices: [Int]
     private var generation: UInt32 = 0
@@ -77,6 +83,7 @@ final class Reactor {
     private static let spinDepth = 4
     /// Accepting pauses this long when there are no descriptors or no memory left.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
+    private static let endingCapacity = 64
     private static let longestTick: UInt64 = 1_000_000_000
     private static let shortestTick: UInt64 = 10_000_000
     /// While others wait for memory, a client that holds some has to move this much in the stall
@@ -108,20 +115,21 @@ final class Reactor {
             capacity: max(
                 configuration.payloadBytesTotal / configuration.reactors, BufferPool.largest))
         doors = listeners.map { Door(listener: $0) }
-        let capacity = configuration.maxConnections
+        capacity = configuration.maxConnections + Self.endingCapacity
         connections = .allocate(capacity: capacity)
         connections.initialize(repeating: nil, count: capacity)
         freeIndices = Array((0..<capacity).reversed())
         marked = .allocate(capacity: capacity)
         completions = .allocate(capacity: completionCapacity)
         let shortest = min(
-            configuration.handshakeTimeout, configuration.stopTimeout, configuration.stallTimeout)
+            configuration.handshakeTimeout, configuration.stopTimeout, configuration.stallTimeout,
+            configuration.idleTimeout ?? configuration.stallTimeout)
         tickNanoseconds = min(
             max(Self.nanoseconds(shortest) / 4, Self.shortestTick), Self.longestTick)
     }
 
     deinit {
-        connections.deinitialize(count: shared.configuration.maxConnections)
+        connections.deinitialize(count: capacity)
         connections.deallocate()
         marked.deallocate()
         completions.deallocate()
@@ -132,6 +140,7 @@ final class Reactor {
     /// Serves until it is told to stop and everything has come to its end.
     func run() {
         queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
+        if number == 0, let socket = shared.configuration.connectedSocket { welcomeFirst(socket) }
         for index in doors.indices { accept(index) }
         do throws(DeviceError) {
             while !isFinished { try turn() }
@@ -139,14 +148,14 @@ final class Reactor {
         } catch {
             // The queue itself has failed: what it holds cannot be waited for, nor freed.
             logger.critical("reactor \(number) stops: \(error)")
-            for index in 0..<shared.configuration.maxConnections {
+            for index in 0..<capacity {
                 guard let connection = connections[index] else { continue }
                 shutdown(connection.socket, Int32(SHUT_RDWR))
                 _ = Unmanaged.passRetained(connection)
             }
             for door in doors where door.isOpen { door.listener.close() }
         }
-        for socket in mailbox.close() { dismiss(socket) }
+        for arrival in mailbox.close() { dismiss(arrival.socket, arrival.session) }
     }
 
     /// The server does not start after all. Nothing has been begun.
@@ -244,7 +253,7 @@ final class Reactor {
             mark(connection)
         case .wake: wake()
         case .tick: ticked()
-        case .accept: accepted(completion.result, by: tag.index)
+        case .accept: acceptEnded(completion.result, by: tag.index)
         case .acceptPause:
             doors[tag.index].isPausing = false
             accept(tag.index)
@@ -272,7 +281,7 @@ final class Reactor {
     /// Handshakes whose export was busy ask again. Whoever makes an export free wakes all reactors.
     private func retryWaiting() {
         hasWaiting = false
-        for index in 0..<shared.configuration.maxConnections {
+        for index in 0..<capacity {
             guard let connection = connections[index], connection.isWaiting else { continue }
             connection.resume(engine)
             mark(connection)
@@ -282,7 +291,8 @@ final class Reactor {
     private func wake() {
         mailbox.acknowledge()
         queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
-        for socket in mailbox.takeSockets() { adopt(socket) }
+        for arrival in mailbox.takeArrivals() { adopt(arrival) }
+        for session in mailbox.takeDisplaced() { displace(session) }
         if mailbox.shouldStop && stopDeadline == nil { beginToStop() }
     }
 
@@ -330,7 +340,9 @@ final class Reactor {
                 connection.socket, into: space.baseAddress!, length: space.count,
                 tag: tag.rawValue)
         }
-        if connection.phase != .transmission { startTicking() }
+        if connection.phase != .transmission || shared.configuration.idleTimeout != nil {
+            startTicking()
+        }
     }
 
     /// Says once who has come, and once what is wrong with it.
@@ -351,11 +363,22 @@ final class Reactor {
 
     private func warn(_ connection: Connection, _ text: String) {
         connection.hasWarned = true
-        logger.warning(
-            "\(text)",
-            metadata: [
-                "peer": "\(connection.peer)", "export": "\(connection.exportName ?? "none yet")",
-            ])
+        let metadata: Logger.Metadata = [
+            "peer": "\(connection.peer)", "export": "\(connection.exportName ?? "none yet")",
+        ]
+        if connection.isAnnounced {
+            logger.warning("\(text)", metadata: metadata)
+        } else {
+            warnOfStranger(text, metadata)
+        }
+    }
+
+    /// Of somebody who has chosen no export, or cannot: not more than now and then.
+    private func warnOfStranger(_ text: String, _ metadata: Logger.Metadata) {
+        let (isAllowed, missing) = shared.strangers.admit(at: Self.now())
+        guard isAllowed else { return }
+        if missing > 0 { logger.warning("\(missing) lines like the following were left out") }
+        logger.warning("\(text)", metadata: metadata)
     }
 
     private func remove(_ connection: Connection) {
@@ -368,26 +391,31 @@ final class Reactor {
         connections[connection.index] = nil
         freeIndices.append(connection.index)
         connectionCount -= 1
-        dismiss(connection.socket)
+        dismiss(connection.socket, connection.session!)
     }
 
     /// Closes an accepted socket.
-    private func dismiss(_ socket: Int32) {
+    private func dismiss(_ socket: Int32, _ session: Admission.Session) {
         close(socket)
-        shared.connectionEnded()
+        shared.admission.forget(session)
+        if session == firstSession { shared.configuration.onConnectedEnd() }
     }
 
-    private func adopt(_ socket: Int32) {
+    private func adopt(_ arrival: Arrival) {
         guard stopDeadline == nil, let index = freeIndices.popLast() else {
-            dismiss(socket)
+            dismiss(arrival.socket, arrival.session)
             return
         }
         generation = (generation + 1) & 0xFF_FFFF
+        let (admission, session) = (shared.admission, arrival.session)
+        let exports = PoolExports(
+            pool: shared.pool, settings: shared.exportSettings, isReadOnly: arrival.isReadOnly,
+            refusal: { admission.enter(session, export: $0) })
         let connection = Connection(
-            socket: socket, index: index, generation: generation, peer: Listener.peer(of: socket),
-            exports: PoolExports(pool: shared.pool, settings: shared.exportSettings),
-            buffers: buffers, tick: tick,
-            handshakeDeadline: tick + ticks(shared.configuration.handshakeTimeout))
+            socket: arrival.socket, index: index, generation: generation,
+            peer: arrival.peer.description, exports: exports, buffers: buffers, tick: tick,
+            handshakeDeadline: tick + ticks(shared.configuration.handshakeTimeout),
+            session: session)
         connections[index] = connection
         connectionCount += 1
         logger.debug("accepted", metadata: ["peer": "\(connection.peer)"])
@@ -395,20 +423,47 @@ final class Reactor {
         mark(connection)
     }
 
+    /// It is in its handshake, and others came for whom there is no room.
+    private func displace(_ session: Admission.Session) {
+        for index in 0..<capacity {
+            guard let connection = connections[index], connection.session == session else {
+                continue
+            }
+            if connection.phase == .handshake {
+                end(connection, "there are too many connections, and this one was still greeting")
+            }
+            return
+        }
+    }
+
     // MARK: - Accepting
 
     private func accept(_ index: Int) {
-        if stopDeadline == nil {
-            queue.accept(doors[index].listener.descriptor, tag: Tag(.accept, index: index).rawValue)
-        } else {
+        let tag = Tag(.accept, index: index).rawValue
+        if stopDeadline != nil {
             closeDoor(index)
+        } else if doors[index].listener.isInherited {
+            // An accept that is under way when the server stops would take a client with it that
+            // the next server is to have.
+            queue.poll(doors[index].listener.descriptor, tag: tag)
+        } else {
+            queue.accept(doors[index].listener.descriptor, tag: tag)
+        }
+    }
+
+    private func acceptEnded(_ result: Int32, by index: Int) {
+        let listener = doors[index].listener
+        if !listener.isInherited || result < 0 {
+            accepted(result, by: index)
+        } else if doors[index].isOpen {
+            accepted(clinux_accept(listener.descriptor), by: index)
         }
     }
 
     private func accepted(_ result: Int32, by index: Int) {
         if result >= 0 {
             doors[index].hasWarned = false
-            welcome(result, by: doors[index].listener)
+            welcome(result)
         } else if stopDeadline == nil {
             switch -result {
             case EAGAIN, EINTR, ECONNABORTED, EPROTO: break
@@ -429,18 +484,58 @@ final class Reactor {
         accept(index)
     }
 
-    private func welcome(_ socket: Int32, by listener: Listener) {
-        guard shared.connectionBegins() else {
+    /// The reactor that a new connection goes to.
+    private func takeReactor() -> Int {
+        defer { nextReactor = (nextReactor + 1) % shared.mailboxes.count }
+        return nextReactor
+    }
+
+    private func welcome(_ socket: Int32) {
+        guard let arrival = admit(socket, to: takeReactor()) else {
             close(socket)
             return
         }
-        listener.prepare(socket)
-        let target = nextReactor
-        nextReactor = (nextReactor + 1) % shared.mailboxes.count
+        let target = arrival.session.reactor
         if target == number {
-            adopt(socket)
-        } else if !shared.mailboxes[target].deliver(socket: socket) {
-            dismiss(socket)
+            adopt(arrival)
+        } else if !shared.mailboxes[target].deliver(arrival) {
+            dismiss(socket, arrival.session)
+        }
+    }
+
+    /// The client that was there before the server. Here, so that its end is noticed here.
+    private func welcomeFirst(_ socket: Int32) {
+        guard let arrival = admit(socket, to: number) else {
+            close(socket)
+            shared.configuration.onConnectedEnd()
+            return
+        }
+        firstSession = arrival.session
+        engine.beginTurn()
+        adopt(arrival)
+        engine.endTurn()
+        settleMarked()
+    }
+
+    /// Nil: it is not let in, which the log knows.
+    private func admit(_ socket: Int32, to reactor: Int) -> Arrival? {
+        let peer = Peer(of: socket)
+        func refuse(_ reason: String) -> Arrival? {
+            warnOfStranger("client refused: \(reason)", ["peer": "\(peer.description)"])
+            return nil
+        }
+        let decision = shared.configuration.rules.decision(for: peer.identity)
+        guard decision != .deny else { return refuse("the rules do not let it in") }
+        switch shared.admission.admit(peer.owner, reactor: reactor) {
+        case .full(let reason):
+            return refuse(reason)
+        case .admitted(let session, let displaced):
+            if let displaced { shared.mailboxes[displaced.reactor].displace(displaced) }
+            SocketSettings.prepare(
+                socket, keepAliveSeconds: shared.configuration.keepAliveSeconds)
+            return Arrival(
+                socket: socket, peer: peer, isReadOnly: decision == .allowReadOnly,
+                session: session)
         }
     }
 
@@ -478,7 +573,7 @@ final class Reactor {
         isTicking = false
         tick += 1
         var goesOn = stopDeadline != nil
-        for index in 0..<shared.configuration.maxConnections {
+        for index in 0..<capacity {
             guard let connection = connections[index] else { continue }
             if watch(connection) { goesOn = true }
         }
@@ -502,10 +597,13 @@ final class Reactor {
             }
             return true
         case .transmission:
-            guard buffers.hasWaiters, connection.isHoardingMemory else {
+            let canBeIdle = watchIdleness(of: connection)
+            guard connection.phase == .transmission, buffers.hasWaiters,
+                connection.isHoardingMemory
+            else {
                 connection.watchedSince = tick
                 connection.watchedMoved = connection.moved
-                return false
+                return canBeIdle
             }
             if hasStalled(connection, unlessMoved: Self.leastProgress) {
                 end(connection, "the client holds memory that others wait for, and does not move")
@@ -514,6 +612,18 @@ final class Reactor {
         case .closed:
             return false
         }
+    }
+
+    /// Ends the connection if it has been idle too long; true if it can be.
+    private func watchIdleness(of connection: Connection) -> Bool {
+        guard let idleTimeout = shared.configuration.idleTimeout else { return false }
+        if connection.moved != connection.idleMoved || connection.transmission!.inFlight > 0 {
+            connection.idleSince = tick
+            connection.idleMoved = connection.moved
+        } else if tick - connection.idleSince >= ticks(idleTimeout) {
+            end(connection, "the client was idle for too long")
+        }
+        return true
     }
 
     private func hasStalled(_ connection: Connection, unlessMoved least: UInt64) -> Bool {
@@ -535,13 +645,13 @@ final class Reactor {
         stopDeadline = tick + ticks(shared.configuration.stopTimeout)
         startTicking()
         for index in doors.indices where doors[index].isOpen {
-            if doors[index].isPausing {
+            if doors[index].isPausing || doors[index].listener.isInherited {
                 closeDoor(index)
             } else {
                 shutdown(doors[index].listener.descriptor, Int32(SHUT_RDWR))
             }
         }
-        for index in 0..<shared.configuration.maxConnections {
+        for index in 0..<capacity {
             guard let connection = connections[index] else { continue }
             connection.stop()
             mark(connection)

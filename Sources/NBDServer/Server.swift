@@ -20,8 +20,19 @@ public final class Server {
     public struct Configuration: Sendable {
         /// Unix sockets to listen on.
         public var unixPaths: [String] = []
+        /// Who may connect to those, by their place in the file system.
+        public var unixAccess = UnixAccess()
         /// Addresses to listen on. A host of "" or "*" is every address; port 0 is any free one.
         public var tcpAddresses: [(host: String, port: UInt16)] = []
+        /// Sockets that listen already, and stay the caller's: who connects when nobody accepts
+        /// waits for the next server.
+        public var listeningSockets: [Int32] = []
+        /// A client that is connected already; the server closes the socket.
+        public var connectedSocket: Int32?
+        /// Called when that client has gone, on a thread of the server's.
+        public var onConnectedEnd: @Sendable () -> Void = {}
+        /// Who is let in, and who may only read.
+        public var rules: [AccessRule] = []
         /// Threads that serve.
         public var reactors = 2
         public var readOnly = false
@@ -29,8 +40,13 @@ public final class Server {
         public var defaultExport: String?
         /// The data device is a disk that turns.
         public var dataIsRotational = false
-        /// Connections at once; more are closed as soon as they are accepted.
+        /// Connections at once. More take the places of those in their handshake; where there are
+        /// none they are closed as soon as they are accepted.
         public var maxConnections = 1000
+        /// The same for one address (IPv6: one /64) or one user; nil: no limit of its own.
+        public var maxConnectionsOfClient: Int?
+        /// More are refused when they ask for the export; nil: no limit of its own.
+        public var maxConnectionsToExport: Int?
         /// Bytes for the payloads of all requests in flight. Each reactor has an equal share, and
         /// never less than the longest request needs.
         public var payloadBytesTotal = 256 << 20
@@ -46,6 +62,10 @@ public final class Server {
         public var stopTimeout = Duration.seconds(5)
         /// A client that leaves, or holds memory that others wait for, must not stand still longer.
         public var stallTimeout = Duration.seconds(10)
+        /// A connection with nothing under way and no traffic for so long is ended; nil: none is.
+        public var idleTimeout: Duration?
+        /// Seconds without traffic before TCP asks whether the client is still there; nil: never.
+        public var keepAliveSeconds: Int? = 60
 
         public init(dataFileDescriptor: Int32) {
             self.dataFileDescriptor = dataFileDescriptor
@@ -112,9 +132,14 @@ public final class Server {
     private func bindListeners() throws(ServerError) -> [Listener] {
         var listeners: [Listener] = []
         do throws(ServerError) {
-            for path in configuration.unixPaths { listeners.append(try Listener.unix(path: path)) }
+            for path in configuration.unixPaths {
+                listeners.append(try Listener.unix(path: path, access: configuration.unixAccess))
+            }
             for address in configuration.tcpAddresses {
                 listeners += try Listener.tcp(host: address.host, port: address.port)
+            }
+            for socket in configuration.listeningSockets {
+                listeners.append(try Listener.inherited(socket))
             }
         } catch {
             for listener in listeners { listener.close() }
@@ -148,8 +173,8 @@ final class ServerState: Sendable {
     let mailboxes: [Mailbox]
     let exportSettings: PoolExports.Settings
     let startup = Startup()
-    private let connections = Atomic<Int>(0)
-    private let isFull = Atomic<Bool>(false)
+    let admission: Admission
+    let strangers = LogThrottle()
 
     init(
         pool: Pool, configuration: Server.Configuration, logger: Logger, mailboxes: [Mailbox]
@@ -163,23 +188,11 @@ final class ServerState: Sendable {
         settings.isRotational = configuration.dataIsRotational
         settings.defaultExport = configuration.defaultExport
         exportSettings = settings
-    }
-
-    /// Counts a connection; false if there are as many as there may be.
-    func connectionBegins() -> Bool {
-        let count = connections.wrappingAdd(1, ordering: .relaxed).newValue
-        if count <= configuration.maxConnections { return true }
-        connections.wrappingSubtract(1, ordering: .relaxed)
-        if !isFull.exchange(true, ordering: .relaxed) {
-            logger.warning(
-                "\(configuration.maxConnections) connections are open: more are turned away")
-        }
-        return false
-    }
-
-    func connectionEnded() {
-        connections.wrappingSubtract(1, ordering: .relaxed)
-        isFull.store(false, ordering: .relaxed)
+        admission = Admission(
+            Admission.Limits(
+                total: configuration.maxConnections,
+                ofClient: configuration.maxConnectionsOfClient,
+                ofExport: configuration.maxConnectionsToExport))
     }
 }
 

@@ -13,20 +13,20 @@ struct ServeCommand: ParsableCommand {
         commandName: "serve",
         abstract: "Serve every volume of a pool as the NBD export of its name.",
         discussion: """
-            Without --unix and --listen the socket is nbd.sock in the pool's directory. SIGTERM or \
-            SIGINT: answer what was begun, commit, end. The same once more: end at once.
+            Without --unix, --listen, --stdio and sockets from systemd the socket is nbd.sock in the \
+            pool's directory. SIGTERM or SIGINT: answer what was begun, commit, end. The same once \
+            more: end at once.
+
+            Of --allow, --allow-read-only and --deny the first whose rule fits a client decides. A \
+            client that none fits may connect, unless there is an --allow or --allow-read-only. \
+            Rules: any; unix, tcp; an address or range (10.0.0.0/8, fd00::/8); uid:USER, \
+            gid:GROUP (by name or number, who connects to a Unix socket).
             """)
 
     @OptionGroup var pool: PoolArgument
-    @Option(
-        parsing: .singleValue,
-        help: ArgumentHelp("Listen on this Unix socket (repeatable).", valueName: "path"))
-    var unix: [String] = []
-    @Option(
-        parsing: .singleValue,
-        help: ArgumentHelp("Listen on this address (repeatable).", valueName: "host:port"),
-        transform: Address.init(parsing:))
-    var listen: [Address] = []
+    @OptionGroup(title: "Ways In") var listening: ListenOptions
+    @OptionGroup(title: "Who May Connect") var access: AccessOptions
+    @OptionGroup(title: "Limits") var limits: LimitOptions
     @Option(
         help: ArgumentHelp("Threads that serve (default: one a CPU, at most 8).", valueName: "n"))
     var reactors: Int?
@@ -46,15 +46,6 @@ struct ServeCommand: ParsableCommand {
         help: ArgumentHelp(
             "Seconds between a change and its commit, if no client flushes.", valueName: "seconds"))
     var commitInterval = 1.0
-    @Option(help: ArgumentHelp("Connections at once.", valueName: "n"))
-    var maxConnections = 1000
-    @Option(
-        parsing: .unconditional,
-        help: ArgumentHelp(
-            "Memory for requests in flight (default: an eighth of the machine's, at most 256MiB).",
-            valueName: "size"),
-        transform: size)
-    var payloadMemory: ByteSize?
     @Option(help: ArgumentHelp("I/O engine: auto, uring or poll.", valueName: "engine"))
     var io = ServeOptions.IOChoice.auto
     @Option(
@@ -66,7 +57,6 @@ struct ServeCommand: ParsableCommand {
     private static let maxReactors = 256
     private static let defaultMaxReactors = 8
     private static let cacheBytes: ClosedRange<UInt64> = 8 << 20...1 << 40
-    private static let maxPayloadBytes: UInt64 = 1 << 40
 
     func validate() throws {
         if let reactors, !(1...Self.maxReactors).contains(reactors) {
@@ -75,18 +65,13 @@ struct ServeCommand: ParsableCommand {
         if !(0.01...60).contains(commitInterval) {
             throw ValidationError("--commit-interval is from 0.01 to 60 seconds")
         }
-        if maxConnections < 1 { throw ValidationError("--max-connections is at least 1") }
         if let cacheSize, !Self.cacheBytes.contains(cacheSize.bytes) {
             throw ValidationError("--cache-size is from 8MiB to 1TiB")
         }
-        if let payloadMemory, payloadMemory.bytes > Self.maxPayloadBytes {
-            throw ValidationError("--payload-memory is at most 1TiB")
-        }
-        if unix.contains("") { throw ValidationError("--unix needs a path, not an empty one") }
     }
 
     func run() throws {
-        var signals = Self.blockSignals()
+        var signals = Self.blockSignals(isStandardSocket: listening.stdio)
         let level = logLevel ?? .info
         LoggingSystem.bootstrap { label in
             var handler = StreamLogHandler.standardError(label: label)
@@ -94,7 +79,13 @@ struct ServeCommand: ParsableCommand {
             return handler
         }
         let logger = Logger(label: "wafer")
-        let server = try PoolServer(pool.path, options, logger: logger)
+        let manager = ServiceManager()
+        func tell(_ message: ServiceManager.Message) {
+            if let problem = manager.tell(message) {
+                logger.warning("the service manager was not told \(message.rawValue): \(problem)")
+            }
+        }
+        let server = try PoolServer(pool.path, try options(), logger: logger)
         let uris = try server.start()
         do {
             if let pidFile { try Self.writeProcessID(to: pidFile) }
@@ -104,24 +95,26 @@ struct ServeCommand: ParsableCommand {
         }
         for uri in uris { print("listening on \(uri)") }
         fflush(nil)
+        tell(.ready)
 
         var signal: Int32 = 0
         while sigwait(&signals, &signal) != 0 {}
-        logger.info("\(signal == SIGINT ? "SIGINT" : "SIGTERM"): stopping")
+        logger.info("\(Self.reason(signal)): stopping")
+        tell(.stopping)
         Self.endAtNextSignal(&signals)
         defer { if let pidFile { unlink(pidFile) } }
         try server.stop()
         logger.info("stopped: everything is committed")
     }
 
-    private var options: ServeOptions {
+    private func options() throws -> ServeOptions {
         var options = ServeOptions()
-        options.unixPaths = unix
-        options.tcpAddresses = listen.map { ($0.host, $0.port) }
+        try listening.apply(to: &options)
+        options.onConnectedEnd = { kill(getpid(), Self.lastClientGone) }
+        options.rules = access.rules
+        limits.apply(to: &options)
         let processors = sysconf(Int32(_SC_NPROCESSORS_ONLN))
         options.reactors = reactors ?? min(max(processors, 1), Self.defaultMaxReactors)
-        options.maxConnections = maxConnections
-        if let payloadMemory { options.payloadBytes = Int(payloadMemory.bytes) }
         options.io = io
         options.pool.readOnly = readOnly
         if let cacheSize { options.setCache(bytes: Int(cacheSize.bytes)) }
@@ -138,12 +131,24 @@ struct ServeCommand: ParsableCommand {
 
     // MARK: - Signals
 
+    /// The server's word to the main thread that the client of --stdio has gone.
+    private static let lastClientGone = SIGUSR1
+
+    private static func reason(_ signal: Int32) -> String {
+        switch signal {
+        case SIGINT: "SIGINT"
+        case lastClientGone: "the client has gone"
+        default: "SIGTERM"
+        }
+    }
+
     /// All threads started after this have them blocked, too.
-    private static func blockSignals() -> sigset_t {
+    private static func blockSignals(isStandardSocket: Bool) -> sigset_t {
         var signals = sigset_t()
         sigemptyset(&signals)
         sigaddset(&signals, SIGTERM)
         sigaddset(&signals, SIGINT)
+        if isStandardSocket { sigaddset(&signals, lastClientGone) }
         pthread_sigmask(SIG_BLOCK, &signals, nil)
         return signals
     }
@@ -151,6 +156,7 @@ struct ServeCommand: ParsableCommand {
     /// Whoever asks twice does not want to wait: what is not committed is lost, as by a power cut.
     private static func endAtNextSignal(_ signals: inout sigset_t) {
         for number in [SIGTERM, SIGINT] { Glibc.signal(number) { _ in _exit(1) } }
+        sigdelset(&signals, lastClientGone)
         pthread_sigmask(SIG_UNBLOCK, &signals, nil)
     }
 
@@ -168,29 +174,6 @@ struct ServeCommand: ParsableCommand {
 
     private static func cannotWrite(_ path: String) -> ControlError {
         ControlError(.device, "cannot write \(path): \(String(cString: strerror(errno)))")
-    }
-}
-
-/// HOST:PORT; a host with colons stands in brackets, no host is every address.
-struct Address: Equatable {
-    var host: String
-    var port: UInt16
-
-    @Sendable init(parsing text: String) throws {
-        guard let colon = text.lastIndex(of: ":"),
-            let port = UInt16(text[text.index(after: colon)...])
-        else {
-            throw ValidationError("an address is HOST:PORT or [IPV6]:PORT, \"\(text)\" is not")
-        }
-        var host = String(text[..<colon])
-        if host.hasPrefix("["), host.hasSuffix("]") {
-            host = String(host.dropFirst().dropLast())
-        } else if host.contains(":") {
-            throw ValidationError(
-                "\"\(text)\": an IPv6 address stands in brackets, as in [::1]:10809")
-        }
-        self.host = host
-        self.port = port
     }
 }
 

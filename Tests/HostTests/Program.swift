@@ -67,9 +67,12 @@ final class Program: @unchecked Sendable {
             .first { access($0, X_OK) == 0 }
     }
 
+    /// - Parameters:
+    ///   - input: its standard input and output; nil: none, and a file.
+    ///   - inherited: what it gets as descriptors 3, 4 and so on.
     init(
         _ program: String, _ arguments: [String], in scratch: Scratch,
-        environment extra: [String: String] = [:]
+        environment extra: [String: String] = [:], input: Int32? = nil, inherited: [Int32] = []
     ) throws {
         outputPath = scratch.newFile("out")
         errorPath = scratch.newFile("err")
@@ -80,6 +83,16 @@ final class Program: @unchecked Sendable {
         let flags = O_WRONLY | O_CREAT | O_TRUNC
         posix_spawn_file_actions_addopen(&actions, 1, outputPath, flags, 0o600)
         posix_spawn_file_actions_addopen(&actions, 2, errorPath, flags, 0o600)
+        // Out of the way first, so that none is overwritten before it is passed on.
+        let passed = ([input].compactMap { $0 } + inherited).map { fcntl($0, F_DUPFD_CLOEXEC, 64) }
+        defer { for descriptor in passed { close(descriptor) } }
+        if input != nil {
+            posix_spawn_file_actions_adddup2(&actions, passed[0], 0)
+            posix_spawn_file_actions_adddup2(&actions, passed[0], 1)
+        }
+        for (index, descriptor) in passed.suffix(inherited.count).enumerated() {
+            posix_spawn_file_actions_adddup2(&actions, descriptor, Int32(3 + index))
+        }
 
         var environment = ProcessInfo.processInfo.environment
         environment.merge(extra) { $1 }

@@ -33,6 +33,34 @@ final class RawClient {
             }
         }
         guard result == 0 else { throw Failure("connect: \(errno)") }
+        limitWaiting()
+    }
+
+    /// Connected to the server's port from another address of the loopback network.
+    init(_ server: Server, from source: String) throws {
+        socket = Glibc.socket(AF_INET, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
+        func name(_ address: String, _ port: UInt16) -> sockaddr_in {
+            var name = sockaddr_in()
+            name.sin_family = sa_family_t(AF_INET)
+            name.sin_port = port.bigEndian
+            inet_pton(AF_INET, address, &name.sin_addr)
+            return name
+        }
+        for (call, name) in [
+            (Glibc.bind, name(source, 0)), (Glibc.connect, name("127.0.0.1", server.port)),
+        ] {
+            var name = name
+            let result = withUnsafePointer(to: &name) {
+                $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                    call(socket, $0, socklen_t(MemoryLayout<sockaddr_in>.size))
+                }
+            }
+            guard result == 0 else { throw Failure("from \(source): \(errno)") }
+        }
+        limitWaiting()
+    }
+
+    private func limitWaiting() {
         var time = timeval(tv_sec: Self.patience, tv_usec: 0)
         let length = socklen_t(MemoryLayout<timeval>.size)
         setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &time, length)
@@ -42,6 +70,11 @@ final class RawClient {
     /// In transmission with an export.
     convenience init(_ server: Server, _ export: String) throws {
         try self.init(server)
+        guard try choose(export) else { throw Failure("GO is refused") }
+    }
+
+    /// The handshake; false: GO is refused.
+    func choose(_ export: String) throws -> Bool {
         _ = try receive(18)
         let name = Array(export.utf8)
         try send(
@@ -52,7 +85,8 @@ final class RawClient {
             let header = try receive(20)
             let type = UInt32(Self.word(header[12..<16]))
             _ = try receive(Int(Self.word(header[16..<20])))
-            if type == 1 { return }
+            if type == 1 { return true }
+            if type & 1 << 31 != 0 { return false }
             guard type == 3 else { throw Failure("GO is answered with \(type)") }
         }
     }

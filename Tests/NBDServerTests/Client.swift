@@ -55,6 +55,12 @@ final class Client {
         guard result == 0 else { throw ClientError("cannot connect: \(errno)") }
     }
 
+    /// Takes over one end of a pair.
+    init(connected socket: Int32, timeout seconds: Int = 60) {
+        self.socket = socket
+        setTimeout(seconds)
+    }
+
     /// Connected and with the export chosen.
     convenience init(unix path: String, export: String, timeout seconds: Int = 60) throws {
         try self.init(unix: path, timeout: seconds)

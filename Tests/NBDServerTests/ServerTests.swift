@@ -273,13 +273,234 @@ import ThinPool
             $0.handshakeTimeout = .seconds(1)
         }
         let early = try Client(unix: server.socketPath, export: "alpha")
-        let silent = try (0..<30).map { _ in try Client(unix: server.socketPath) }
-        #expect(silent.last!.isHungUpOn())  // over the limit
-        #expect(silent.first!.isHungUpOn())  // over the deadline
-        #expect(server.log.has(.warning, "20 connections are open"))
+        let silent = try (0..<24).map { _ in try Client(unix: server.socketPath) }
+        // Places are for who comes: the first have none any more.
+        #expect(silent.first!.isHungUpOn())
+        #expect(server.log.has(.warning, "too many connections"))
+        let others = try (0..<3).map { _ in try Client(unix: server.socketPath, export: "alpha") }
+        #expect(silent.last!.isHungUpOn())
         #expect(server.log.has(.warning, "the handshake took too long"))
-        #expect(try early.read(0, 512).count == 512)
-        #expect(eventually { (try? Client(unix: server.socketPath, export: "alpha")) != nil })
+        for client in others + [early] { #expect(try client.read(0, 512).count == 512) }
+    }
+
+    @Test func connectionsAreCounted() throws {
+        let server = try TestServer(volumes: [("alpha", mebibyte), ("beta", mebibyte)]) {
+            $0.maxConnections = 8
+            $0.maxConnectionsToExport = 6
+        }
+        // Every way to go, many times: each gives its place back.
+        for _ in 0..<30 {
+            let left = try Client(unix: server.socketPath, export: "alpha")
+            try left.disconnect()
+            let gone = try Client(unix: server.socketPath, export: "alpha")
+            gone.reset()
+            let bad = try Client(unix: server.socketPath, export: "alpha")
+            try bad.send([UInt8](repeating: 0x41, count: 28))
+            #expect(bad.isHungUpOn())
+            let silent = try Client(unix: server.socketPath)
+            silent.reset()
+            #expect(throws: ClientError.self) { try Client(unix: server.socketPath, export: "x") }
+        }
+        func openAll() -> [Client]? {
+            let alphas = (0..<6).compactMap { _ in
+                try? Client(unix: server.socketPath, export: "alpha")
+            }
+            let betas = (0..<2).compactMap { _ in
+                try? Client(unix: server.socketPath, export: "beta")
+            }
+            return alphas.count == 6 && betas.count == 2 ? alphas + betas : nil
+        }
+        var clients: [Client]?
+        #expect(
+            eventually {
+                clients = openAll()
+                return clients != nil
+            })
+        #expect(throws: ClientError.self) { try Client(unix: server.socketPath, export: "alpha") }
+        #expect(server.log.has(.warning, "8 connections are open"))
+        try clients?.last?.disconnect()
+        // There is room, but not at this export.
+        #expect(
+            eventually { (try? Client(unix: server.socketPath, export: "beta")) != nil })
+        #expect(
+            eventually {
+                let failure = #expect(throws: ClientError.self) {
+                    try Client(unix: server.socketPath, export: "alpha")
+                }
+                return failure?.description.contains("GO refused") == true
+            })
+    }
+
+    @Test func idleConnectionsAreEnded() throws {
+        let server = try TestServer { $0.idleTimeout = .milliseconds(400) }
+        let idle = try Client(unix: server.socketPath, export: "alpha")
+        let busy = try Client(unix: server.socketPath, export: "alpha")
+        for _ in 0..<30 {
+            #expect(try busy.read(0, 512).count == 512)
+            usleep(50_000)
+        }
+        #expect(idle.isHungUpOn())
+        #expect(try busy.read(0, 512).count == 512)
+        #expect(server.log.all(.warning).count == 1)
+        #expect(server.log.has(.warning, "idle"))
+    }
+
+    @Test(arguments: [true, false]) func inheritedSocketsOutliveTheServer(ring: Bool) throws {
+        let directory = TestDirectory()
+        let path = directory.path + "/inherited"
+        let listener = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0)
+        defer { close(listener) }
+        var address = sockaddr_un()
+        address.sun_family = sa_family_t(AF_UNIX)
+        withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: path.utf8) }
+        withUnsafePointer(to: &address) {
+            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                #expect(bind(listener, $0, socklen_t(MemoryLayout<sockaddr_un>.size)) == 0)
+            }
+        }
+        let early = #expect(throws: ServerError.self) {
+            try TestServer(ring: ring) { $0.listeningSockets = [listener] }
+        }
+        #expect(early?.description.contains("does not listen") == true)
+        #expect(listen(listener, 5) == 0)
+        for _ in 0..<3 {
+            // One comes before its server.
+            let waiting = try Client(unix: path)
+            let server = try TestServer(ring: ring) { $0.listeningSockets = [listener] }
+            #expect(server.uris.last == "nbd+unix:///?socket=\(path)")
+            try waiting.negotiate("alpha")
+            #expect(try Client(unix: path, export: "alpha").read(0, 512).count == 512)
+            server.server.stop()
+            #expect(waiting.isHungUpOn())
+        }
+        #expect(access(path, F_OK) == 0)
+    }
+
+    @Test func inheritedSocketsAreLookedAt() throws {
+        let datagrams = socket(AF_UNIX, Int32(SOCK_DGRAM.rawValue), 0)
+        defer { close(datagrams) }
+        var ends: [Int32] = [-1, -1]
+        #expect(socketpair(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0, &ends) == 0)
+        defer { for end in ends { close(end) } }
+        let file = open("/dev/null", O_RDWR)
+        defer { close(file) }
+        for (descriptor, words) in [
+            (datagrams, "stream"), (ends[0], "does not listen"), (file, "not a Unix or TCP socket"),
+        ] {
+            let failure = #expect(throws: ServerError.self) {
+                try TestServer { $0.listeningSockets = [descriptor] }
+            }
+            #expect(failure?.description.contains(words) == true, "\(failure as Any)")
+        }
+    }
+
+    @Test func aConnectedSocketIsServedAndItsEndTold() throws {
+        for rules in [[], [try AccessRule(.deny, "unix")]] {
+            var ends: [Int32] = [-1, -1]
+            #expect(socketpair(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0, &ends) == 0)
+            let given = ends[1]
+            let ended = Mutex(false)
+            let server = try TestServer {
+                $0.connectedSocket = given
+                $0.rules = rules
+                $0.onConnectedEnd = { ended.withLock { $0 = true } }
+            }
+            let client = Client(connected: ends[0])
+            if rules.isEmpty {
+                try client.negotiate("alpha")
+                // Others come and go.
+                try Client(unix: server.socketPath, export: "alpha").disconnect()
+                #expect(try client.read(0, 512).count == 512)
+                #expect(!ended.withLock { $0 })
+                try client.disconnect()
+            }
+            #expect(client.isHungUpOn())
+            #expect(eventually { ended.withLock { $0 } })
+        }
+    }
+
+    @Test func refusedClientsAreHungUpOnAtOnce() throws {
+        let server = try TestServer {
+            $0.tcpAddresses = [("127.0.0.1", 0)]
+            $0.rules = try! [AccessRule(.deny, "unix")]
+        }
+        // Not one byte, and not a line of the log for each.
+        for _ in 0..<200 { #expect(try Client(unix: server.socketPath).isHungUpOn()) }
+        let lines = server.log.all(.warning).filter { $0.contains("the rules do not let it in") }
+        #expect((1...50).contains(lines.count), "\(lines.count)")
+        #expect(lines[0].contains("uid \(getuid())"))
+        let client = try Client(tcp: UInt16(server.uris[1].split(separator: ":").last!)!)
+        try client.negotiate("alpha")
+        #expect(try client.read(0, 512).count == 512)
+    }
+
+    @Test func someClientsMayOnlyRead() throws {
+        let server = try TestServer {
+            $0.tcpAddresses = [("127.0.0.1", 0)]
+            $0.rules = try! [AccessRule(.allowReadOnly, "tcp"), AccessRule(.allow, "unix")]
+        }
+        let writer = try Client(unix: server.socketPath, export: "alpha")
+        let reader = try Client(tcp: UInt16(server.uris[1].split(separator: ":").last!)!)
+        try reader.negotiate("alpha")
+        #expect(reader.flags.contains(.readOnly) && !writer.flags.contains(.readOnly))
+        let bytes = [UInt8](repeating: 7, count: 4096)
+        #expect(try writer.write(0, bytes) == .none)
+        #expect(try reader.write(0, bytes) == .notPermitted)
+        #expect(try reader.read(0, 4096) == bytes)
+    }
+
+    @Test func modesOfSockets() throws {
+        for mode: UInt32 in [0o600, 0o660, 0o666, 0o000] {
+            let server = try TestServer { $0.unixAccess.mode = mode }
+            var status = stat()
+            #expect(stat(server.socketPath, &status) == 0)
+            #expect(UInt32(status.st_mode & 0o777) == mode)
+        }
+        if geteuid() == 0 {
+            let server = try TestServer {
+                $0.unixAccess.user = 12
+                $0.unixAccess.group = 34
+            }
+            var status = stat()
+            #expect(stat(server.socketPath, &status) == 0)
+            #expect(status.st_uid == 12 && status.st_gid == 34)
+        }
+    }
+
+    /// Of servers that find the same left-over socket at the same time one gets it, and is found.
+    @Test func oneOfManyServersGetsASocket() throws {
+        let directory = TestDirectory()
+        let path = directory.path + "/shared.sock"
+        for _ in 0..<10 {
+            let stale = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0)
+            var address = sockaddr_un()
+            address.sun_family = sa_family_t(AF_UNIX)
+            withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: path.utf8) }
+            withUnsafePointer(to: &address) {
+                $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                    #expect(bind(stale, $0, socklen_t(MemoryLayout<sockaddr_un>.size)) == 0)
+                }
+            }
+            close(stale)
+            let counts = Mutex((tried: 0, won: 0, isOver: false))
+            let threads = (0..<4).map { _ in
+                TestThread {
+                    let server = try? TestServer { $0.unixPaths = [path] }
+                    counts.withLock {
+                        $0.tried += 1
+                        if server != nil { $0.won += 1 }
+                    }
+                    _ = eventually(within: 20) { counts.withLock { $0.isOver } }
+                    server?.server.stop()
+                }
+            }
+            #expect(eventually(within: 20) { counts.withLock { $0.tried } == 4 })
+            #expect(counts.withLock { $0.won } == 1)
+            #expect((try? Client(unix: path, export: "alpha")) != nil)
+            counts.withLock { $0.isOver = true }
+            for thread in threads { thread.join() }
+            #expect(access(path, F_OK) != 0)
+        }
     }
 
     /// A client that never reads is not read any more, and costs bounded memory.

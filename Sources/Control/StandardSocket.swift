@@ -1,0 +1,45 @@
+// A client that comes as the standard input, from whoever started the server: libnbd's command
+// transport, inetd.
+
+import Glibc
+
+public enum StandardSocket {
+    private static let firstFree: Int32 = 3
+
+    /// The connected socket. Standard input and output are nothing any more afterwards, so that
+    /// nobody writes text between replies.
+    public static func take() throws(ControlError) -> Int32 {
+        guard option(SO_TYPE) == Int32(SOCK_STREAM.rawValue) else {
+            throw ControlError(
+                .device,
+                """
+                standard input is not a stream socket, which --stdio serves: let a \
+                program start it that gives it one (nbd_connect_command), or use --unix
+                """)
+        }
+        var peer = sockaddr_storage()
+        var length = socklen_t(MemoryLayout<sockaddr_storage>.size)
+        let isConnected = withUnsafeMutablePointer(to: &peer) {
+            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                getpeername(STDIN_FILENO, $0, &length) == 0
+            }
+        }
+        guard isConnected else {
+            throw ControlError(
+                .device, "standard input is a socket that is not connected (inetd: use nowait)")
+        }
+        let socket = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, firstFree)
+        let nothing = open("/dev/null", O_RDWR | O_CLOEXEC)
+        guard socket >= 0, nothing >= 0, dup2(nothing, STDIN_FILENO) >= 0,
+            dup2(nothing, STDOUT_FILENO) >= 0
+        else { throw ControlError(cannot: "take over", "standard input", errno) }
+        close(nothing)
+        return socket
+    }
+
+    private static func option(_ name: Int32) -> Int32? {
+        var value: Int32 = 0
+        var length = socklen_t(MemoryLayout<Int32>.size)
+        return getsockopt(STDIN_FILENO, SOL_SOCKET, name, &value, &length) == 0 ? value : nil
+    }
+}

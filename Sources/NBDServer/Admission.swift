@@ -1,0 +1,131 @@
+// How many connections there may be: in all, of one client, and to one export.
+//
+// 1. A connection counts from its admission until it is forgotten, which may be said any number of
+//    times: what is counted are entries, so no way to end loses one or takes two away.
+// 2. Where there is no room, whoever is still in its handshake gives way to who comes: the oldest
+//    of the client that has the most of them. One that has chosen its export never does.
+//
+// The lock is taken when a connection comes, chooses its export and goes, not for requests.
+
+import Synchronization
+
+package final class Admission: Sendable {
+    package struct Limits: Sendable {
+        let total: Int
+        let ofClient: Int?
+        let ofExport: Int?
+
+        package init(total: Int, ofClient: Int? = nil, ofExport: Int? = nil) {
+            self.total = total
+            self.ofClient = ofClient
+            self.ofExport = ofExport
+        }
+    }
+
+    package enum Verdict {
+        /// `displaced`: has to make room, and does not count any more.
+        case admitted(Session, displaced: Session?)
+        /// There are as many as there may be.
+        case full(String)
+    }
+
+    /// One connection, from its admission to its end.
+    package struct Session: Hashable, Sendable {
+        fileprivate let number: UInt64
+        package let owner: Peer.Owner
+        /// Who serves it.
+        let reactor: Int
+    }
+
+    private struct Client {
+        var count = 0
+        /// In the handshake, the oldest first.
+        var greeting: [Session] = []
+    }
+
+    private struct State {
+        var nextNumber: UInt64 = 0
+        /// All that count, and the export of those that have chosen one.
+        var sessions: [Session: String?] = [:]
+        var clients: [Peer.Owner: Client] = [:]
+        var exports: [String: Int] = [:]
+
+        mutating func remove(_ session: Session) {
+            guard let chosen = sessions.removeValue(forKey: session) else { return }
+            if let export = chosen {
+                exports[export]! -= 1
+                if exports[export] == 0 { exports[export] = nil }
+            } else {
+                clients[session.owner]!.greeting.removeAll { $0 == session }
+            }
+            clients[session.owner]!.count -= 1
+            if clients[session.owner]!.count == 0 { clients[session.owner] = nil }
+        }
+    }
+
+    private let limits: Limits
+    private let state = Mutex(State())
+
+    package init(_ limits: Limits) { self.limits = limits }
+
+    package func admit(_ owner: Peer.Owner, reactor: Int) -> Verdict {
+        state.withLock { state in
+            var displaced: Session?
+            let own = state.clients[owner] ?? Client()
+            if let most = limits.ofClient, own.count >= most {
+                guard let oldest = own.greeting.first else {
+                    return .full("it has \(most) connections already")
+                }
+                displaced = oldest
+            } else if state.sessions.count >= limits.total {
+                let busiest = state.clients.values.max { $0.greeting.count < $1.greeting.count }
+                guard let oldest = busiest?.greeting.first else {
+                    return .full("\(limits.total) connections are open")
+                }
+                displaced = oldest
+            }
+            if let displaced { state.remove(displaced) }
+            let session = Session(number: state.nextNumber, owner: owner, reactor: reactor)
+            state.nextNumber += 1
+            state.sessions[session] = .some(nil)
+            state.clients[owner, default: Client()].count += 1
+            state.clients[owner]!.greeting.append(session)
+            return .admitted(session, displaced: displaced)
+        }
+    }
+
+    /// The client has chosen an export: its handshake ends. Nil, or why it may not.
+    package func enter(_ session: Session, export: String) -> String? {
+        state.withLock { state in
+            guard let chosen = state.sessions[session] else {
+                return "the server has too many connections"
+            }
+            precondition(chosen == nil, "a connection chose two exports")
+            if let most = limits.ofExport, state.exports[export, default: 0] >= most {
+                return "the export has \(most) connections already"
+            }
+            state.sessions[session] = export
+            state.exports[export, default: 0] += 1
+            state.clients[session.owner]!.greeting.removeAll { $0 == session }
+            return nil
+        }
+    }
+
+    /// The connection has come to its end.
+    package func forget(_ session: Session) {
+        state.withLock { $0.remove(session) }
+    }
+
+    /// For tests: whether nothing is left.
+    package var isEmpty: Bool {
+        state.withLock { $0.sessions.isEmpty && $0.clients.isEmpty && $0.exports.isEmpty }
+    }
+}
+
+/// What an accepted connection brings along.
+struct Arrival: Sendable {
+    let socket: Int32
+    let peer: Peer
+    let isReadOnly: Bool
+    let session: Admission.Session
+}
