@@ -15,15 +15,22 @@ public protocol PoolManager: AnyObject {
 
 /// A change of the pool's volumes that a person can ask for.
 public enum PoolChange: Codable, Sendable, Equatable {
-    case create(name: String, size: UInt64)
-    case snapshot(origin: String, name: String)
+    case create(name: String, size: UInt64, description: String? = nil)
+    case snapshot(
+        origin: String, name: String, readOnly: Bool? = nil, description: String? = nil)
+    case set(name: String, readOnly: Bool?, description: String?)
     case delete(name: String)
     case adopt(id: UInt32, name: String, size: UInt64)
 
     var volumeChange: VolumeChange {
         switch self {
-        case .create(let name, let size): .create(name: name, size: size)
-        case .snapshot(let origin, let name): .snapshot(origin: origin, name: name)
+        case .create(let name, let size, let description):
+            .create(name: name, size: size, description: description)
+        case .snapshot(let origin, let name, let readOnly, let description):
+            .snapshot(
+                origin: origin, name: name, readOnly: readOnly ?? false, description: description)
+        case .set(let name, let readOnly, let description):
+            .set(name: name, readOnly: readOnly, description: description)
         case .delete(let name): .delete(name: name)
         case .adopt(let id, let name, let size): .adopt(id: id, name: name, size: size)
         }

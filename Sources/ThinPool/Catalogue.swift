@@ -42,13 +42,22 @@ package struct Catalogue: Codable, Equatable, Sendable {
         var origin: String?
         /// Seconds since 1970.
         var created: UInt64
+        /// Nobody may write to it; absent where it can be written.
+        var readOnly: Bool?
+        /// For people.
+        var description: String?
 
-        package init(id: UInt32, name: String, size: UInt64, origin: String? = nil, created: UInt64) {
+        package init(
+            id: UInt32, name: String, size: UInt64, origin: String? = nil, created: UInt64,
+            readOnly: Bool = false, description: String? = nil
+        ) {
             self.id = id
             self.name = name
             self.size = size
             self.origin = origin
             self.created = created
+            self.readOnly = readOnly ? true : nil
+            self.description = description
         }
     }
 
@@ -122,8 +131,12 @@ package struct Catalogue: Codable, Equatable, Sendable {
                 entry.id < CatalogueLayout.device.rawValue
             else { throw damaged("it lists \"\(entry.name)\" or its device twice") }
             guard VolumeRules.nameProblem(entry.name) == nil,
-                VolumeRules.sizeProblem(entry.size) == nil
-            else { throw damaged("volume \"\(entry.name)\" has an impossible name or size") }
+                VolumeRules.sizeProblem(entry.size) == nil,
+                entry.description.flatMap(VolumeRules.descriptionProblem) == nil
+            else {
+                throw damaged(
+                    "volume \"\(entry.name)\" has an impossible name, size or description")
+            }
         }
         return catalogue
     }
@@ -133,7 +146,7 @@ package struct Catalogue: Codable, Equatable, Sendable {
     }
 }
 
-/// What a volume may be called, and how large it may be.
+/// What a volume may be called, how it may be described, and how large it may be.
 public enum VolumeRules {
     /// NBD allows 4096 bytes, its clients far less; a name is also part of a URI and of tables.
     public static let maxNameBytes = 255
@@ -154,6 +167,21 @@ public enum VolumeRules {
         if name.hasPrefix("-") || name.hasPrefix(".") {
             return "volume name \"\(name)\" is not valid: it starts with \"\(name.first!)\""
         }
+        return nil
+    }
+
+    /// As much as a name; it is one line of a table.
+    public static let maxDescriptionBytes = 255
+
+    public static func descriptionProblem(_ description: String) -> String? {
+        if description.utf8.count > maxDescriptionBytes {
+            return "a volume's description is at most \(maxDescriptionBytes) bytes, this one has "
+                + "\(description.utf8.count)"
+        }
+        let hasControls = description.unicodeScalars.contains {
+            $0.properties.generalCategory == .control
+        }
+        if hasControls { return "a volume's description is one line, without control characters" }
         return nil
     }
 

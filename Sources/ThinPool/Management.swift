@@ -1,4 +1,4 @@
-// Changes of the catalogue: creating, snapshotting, deleting, adopting volumes. Each is asked for
+// Changes of the catalogue: creating, snapshotting, setting, deleting, adopting volumes. Each is asked for
 // from any thread, done by the worker one after the other, and told durable or failed.
 //
 //     asked ──> prepared (checked, blocks reserved) ──> new catalogue written to the data device
@@ -9,8 +9,11 @@ import Glibc
 import ThinMetadata
 
 public enum VolumeChange: Sendable, Equatable {
-    case create(name: String, size: UInt64)
-    case snapshot(origin: String, name: String)
+    case create(name: String, size: UInt64, description: String? = nil)
+    case snapshot(
+        origin: String, name: String, readOnly: Bool = false, description: String? = nil)
+    /// What is nil stays as it is; an empty description is none.
+    case set(name: String, readOnly: Bool? = nil, description: String? = nil)
     case delete(name: String)
     /// Gives a thin device that another program made a name and a size.
     case adopt(id: UInt32, name: String, size: UInt64)
@@ -87,19 +90,30 @@ extension Pool {
         var device = CatalogueLayout.device
         var deletesAtOnce = false
         switch change.change {
-        case .create(let name, let size):
+        case .create(let name, let size, let description):
             try checkNew(name, size: size)
+            let description = try checked(description)
             device = try freeDevice()
             next.volumes.append(
-                .init(id: device.rawValue, name: name, size: size, created: Self.now()))
-        case .snapshot(let origin, let name):
+                .init(
+                    id: device.rawValue, name: name, size: size, created: Self.now(),
+                    description: description))
+        case .snapshot(let origin, let name, let readOnly, let description):
             let source = try existing(origin)
             try checkNew(name, size: source.size)
+            let description = try checked(description)
             device = try freeDevice()
             next.volumes.append(
                 .init(
                     id: device.rawValue, name: name, size: source.size, origin: origin,
-                    created: Self.now()))
+                    created: Self.now(), readOnly: readOnly, description: description))
+        case .set(let name, let readOnly, let description):
+            let volume = try existing(name)
+            if let readOnly { try checkAccess(volume, readOnly) }
+            let checked = try checked(description)
+            let index = next.volumes.firstIndex { $0.name == name }!
+            if let readOnly { next.volumes[index].readOnly = readOnly ? true : nil }
+            if description != nil { next.volumes[index].description = checked }
         case .adopt(let id, let name, let size):
             try checkNew(name, size: size)
             device = ThinDeviceID(id)
@@ -107,12 +121,7 @@ extension Pool {
             next.volumes.append(.init(id: id, name: name, size: size, created: Self.now()))
         case .delete(let name):
             let volume = try existing(name)
-            guard volume.users == 0 else {
-                throw PoolError(
-                    .inUse,
-                    "volume \"\(name)\" is in use by \(volume.users) connection"
-                        + "\(volume.users == 1 ? "" : "s"): detach it first")
-            }
+            try requireUnused(volume)
             volume.isBeingDeleted = true
             device = volume.id
             next.volumes.removeAll { $0.name == name }
@@ -144,7 +153,7 @@ extension Pool {
                     .device, "the catalogue cannot be written to \(dataDevice.path): \(error)"))
             return
         }
-        guard case .snapshot(let origin, _) = prepared.change.change,
+        guard case .snapshot(let origin, _, _, _) = prepared.change.change,
             let volume = volumesByName[origin]
         else {
             apply()
@@ -160,12 +169,20 @@ extension Pool {
     func apply() {
         let prepared = worker.current!
         var held: Volume?
-        if case .snapshot(let origin, _) = prepared.change.change { held = volumesByName[origin] }
+        if case .snapshot(let origin, _, _, _) = prepared.change.change {
+            held = volumesByName[origin]
+        }
         defer {
             if let held {
                 held.release(snapshottedTime: held.pendingTime ?? held.snapshottedTime)
                 held.pendingTime = nil
                 resume(&held.heldSteps)
+            }
+        }
+        if case .set(let name, let readOnly?, _) = prepared.change.change {
+            // Somebody may have opened it while the catalogue was written.
+            do throws(PoolError) { try checkAccess(existing(name), readOnly) } catch {
+                return finishCurrent(error)
             }
         }
         do throws(MetadataError) {
@@ -209,13 +226,13 @@ extension Pool {
         switch prepared.change.change {
         case .create:
             try metadata.createThin(prepared.device)
-        case .snapshot(let origin, _):
+        case .snapshot(let origin, _, _, _):
             let volume = volumesByName[origin]!
             try metadata.createSnapshot(prepared.device, of: volume.id)
             volume.pendingTime = metadata.time
         case .delete:
             if prepared.deletesAtOnce { try metadata.deleteDevice(prepared.device) }
-        case .adopt, .forget:
+        case .set, .adopt, .forget:
             break
         }
     }
@@ -240,6 +257,10 @@ extension Pool {
         switch prepared.change.change {
         case .create, .snapshot, .adopt:
             if let entry = prepared.catalogue.volumes.last { addVolume(entry) }
+        case .set(let name, _, _):
+            let entry = prepared.catalogue.entry(named: name)!
+            volumesByName[name]?.set(
+                isReadOnly: entry.readOnly == true, description: entry.description)
         case .delete(let name):
             if let volume = volumesByName.removeValue(forKey: name) {
                 volumesByID[volume.id] = nil
@@ -280,6 +301,29 @@ extension Pool {
                 .noSuchVolume, "there is no volume \"\(name)\": see \"wafer volume list\"")
         }
         return volume
+    }
+
+    /// - Returns: nil for an empty one.
+    private func checked(_ description: String?) throws(PoolError) -> String? {
+        guard let description, !description.isEmpty else { return nil }
+        if let problem = VolumeRules.descriptionProblem(description) {
+            throw PoolError(.invalidDescription, problem)
+        }
+        return description
+    }
+
+    /// Clients have been told whether they can write.
+    private func checkAccess(_ volume: Volume, _ readOnly: Bool) throws(PoolError) {
+        if volume.isReadOnly != readOnly { try requireUnused(volume) }
+    }
+
+    private func requireUnused(_ volume: Volume) throws(PoolError) {
+        guard volume.users == 0 else {
+            throw PoolError(
+                .inUse,
+                "volume \"\(volume.name)\" is in use by \(volume.users) connection"
+                    + "\(volume.users == 1 ? "" : "s"): detach it first")
+        }
     }
 
     private func checkAdoptable(_ id: UInt32, size: UInt64) throws(PoolError) {

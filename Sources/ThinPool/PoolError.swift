@@ -6,8 +6,8 @@ import ThinMetadata
 
 public struct PoolError: Error, Equatable, CustomStringConvertible, Sendable {
     public enum Kind: String, Sendable, Codable {
-        case exists, noSuchVolume, invalidName, invalidSize, inUse, readOnly, outOfSpace
-        case tooManyVolumes, failed, notAPool, device, metadata
+        case exists, noSuchVolume, invalidName, invalidSize, invalidDescription, inUse, readOnly
+        case outOfSpace, tooManyVolumes, failed, notAPool, device, metadata
     }
     public var kind: Kind
     public var message: String

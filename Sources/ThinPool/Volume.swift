@@ -15,7 +15,10 @@ public final class Volume: @unchecked Sendable {
     public let name: String
     public let size: UInt64
     public let id: ThinDeviceID
-    public let isReadOnly: Bool
+    /// Name of the volume that this one was a snapshot of, when it was taken.
+    public let origin: String?
+    private let readOnly: Atomic<Bool>
+    private let text: Mutex<String?>
 
     let table: MappingTable
 
@@ -50,19 +53,41 @@ public final class Volume: @unchecked Sendable {
     /// Writes that wait for a snapshot to be taken.
     var heldSteps = ParkedSteps()
 
-    init?(name: String, size: UInt64, id: ThinDeviceID, blockSize: UInt64,
-        snapshottedTime: UInt32, isReadOnly: Bool, tablePageShift: UInt64)
-    {
-        let blocks = (size + blockSize - 1) / blockSize
+    init?(
+        _ entry: Catalogue.Entry, blockSize: UInt64, snapshottedTime: UInt32, isReadOnly: Bool,
+        tablePageShift: UInt64
+    ) {
+        let blocks = (entry.size + blockSize - 1) / blockSize
         guard let table = MappingTable(blocks: blocks, pageShift: tablePageShift) else {
             return nil
         }
-        self.name = name
-        self.size = size
-        self.id = id
-        self.isReadOnly = isReadOnly
+        name = entry.name
+        size = entry.size
+        id = ThinDeviceID(entry.id)
+        origin = entry.origin
+        readOnly = Atomic(isReadOnly)
+        text = Mutex(entry.description)
         self.table = table
         gate = Atomic(UInt64(snapshottedTime) | (isReadOnly ? Self.closedGate : 0))
+    }
+
+    /// No write succeeds. Changes only while no connection has the volume open.
+    public var isReadOnly: Bool { readOnly.load(ordering: .acquiring) }
+
+    /// For people; changes at any time.
+    public var description: String? { text.withLock { $0 } }
+
+    /// Under the pool's lock; nobody has it open if `isReadOnly` changes.
+    func set(isReadOnly: Bool, description: String?) {
+        text.withLock { $0 = description }
+        guard isReadOnly != self.isReadOnly else { return }
+        precondition(users == 0, "a volume in use became read-only, or writable")
+        readOnly.store(isReadOnly, ordering: .releasing)
+        if isReadOnly {
+            closeGate()
+        } else {
+            gate.bitwiseAnd(~Self.closedGate, ordering: .sequentiallyConsistent)
+        }
     }
 
     /// The time below which a mapping is shared, or nil if writes have to ask the pool first.
@@ -90,7 +115,7 @@ public final class Volume: @unchecked Sendable {
     package func addFence() { fences.wrappingAdd(1, ordering: .acquiringAndReleasing) }
     package func removeFence() { fences.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
 
-    /// No write goes the fast way any more: the pool failed.
+    /// No write goes the fast way any more: the pool failed, or nobody may write.
     func closeGate() { gate.bitwiseOr(Self.closedGate, ordering: .sequentiallyConsistent) }
 }
 

@@ -31,6 +31,31 @@ extension Pool {
         lock.withLock { volumesByName[name]?.size }
     }
 
+    /// Names of volumes that a difference from makes sense of: the volume's origins, its snapshots,
+    /// and theirs. Sorted, at most `limit`.
+    public func extentBases(of volume: Volume, limit: Int) -> [String] {
+        let entries = lock.withLock { catalogue.volumes.filter { volumesByName[$0.name] != nil } }
+        var snapshots: [String: [Catalogue.Entry]] = [:]
+        var origins: [String: String] = [:]
+        for entry in entries {
+            guard let origin = entry.origin else { continue }
+            snapshots[origin, default: []].append(entry)
+            origins[entry.name] = origin
+        }
+        // An origin that is gone still makes its snapshots relatives.
+        var family: Set<String> = [volume.name]
+        var next = [volume.name]
+        while let name = next.popLast() {
+            let relatives = (snapshots[name] ?? []).map(\.name) + (origins[name].map { [$0] } ?? [])
+            for relative in relatives where family.insert(relative).inserted {
+                next.append(relative)
+            }
+        }
+        family.remove(volume.name)
+        let names = entries.map(\.name).filter(family.contains).sorted()
+        return Array(names.prefix(max(0, limit)))
+    }
+
     // MARK: - Opening
 
     func addVolume(_ entry: Catalogue.Entry) {
@@ -43,8 +68,8 @@ extension Pool {
         }
         guard
             let volume = Volume(
-                name: entry.name, size: entry.size, id: id, blockSize: blockSize,
-                snapshottedTime: details.snapshottedTime, isReadOnly: isReadOnly,
+                entry, blockSize: blockSize, snapshottedTime: details.snapshottedTime,
+                isReadOnly: isReadOnly || entry.readOnly == true,
                 tablePageShift: options.bounds.tablePageShift)
         else {
             problems.append("volume \"\(entry.name)\" cannot be opened: out of address space")
@@ -151,7 +176,8 @@ extension Pool {
                         name: entry.name, id: entry.id, size: entry.size,
                         mappedBytes: mapped * blockSize, origin: entry.origin,
                         created: entry.created,
-                        connections: volumesByName[entry.name]?.users ?? 0, state: .ready))
+                        connections: volumesByName[entry.name]?.users ?? 0, state: .ready,
+                        readOnly: entry.readOnly ?? false, description: entry.description))
             }
             for id in try metadata.deviceIDs() where !known.contains(id.rawValue) {
                 let mapped = try metadata.details(id)?.mappedBlocks ?? 0
@@ -209,4 +235,7 @@ public struct VolumeInfo: Codable, Sendable, Equatable {
     public var created: UInt64?
     public var connections: Int
     public var state: State
+    /// Nobody may write to it. Nil where that is not known.
+    public var readOnly: Bool?
+    public var description: String?
 }

@@ -1,4 +1,4 @@
-// wafer volume create, list, snapshot, delete, adopt
+// wafer volume create, list, snapshot, set, delete, adopt
 
 import ArgumentParser
 import Control
@@ -34,6 +34,12 @@ private func apply(_ change: PoolChange, to path: String) throws {
     return parsed
 }
 
+/// Anything that is on the command line; checked before any pool is opened.
+@Sendable private func oneLine(_ text: String) throws -> String {
+    if let problem = VolumeRules.descriptionProblem(text) { throw ValidationError(problem) }
+    return text
+}
+
 struct VolumeCreate: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "create", abstract: "Make a volume; it takes space when it is written.")
@@ -43,16 +49,19 @@ struct VolumeCreate: ParsableCommand {
     var name: String
     @Argument(help: "Its size, a multiple of 512 bytes.", transform: volumeSize)
     var size: ByteSize
+    @Option(help: "What it is, for people: one line.", transform: oneLine)
+    var description: String?
 
     func run() throws {
-        try apply(.create(name: name, size: size.bytes), to: pool.path)
+        try apply(
+            .create(name: name, size: size.bytes, description: description), to: pool.path)
         print("created volume \(name), \(size)")
     }
 }
 
 struct VolumeSnapshot: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "snapshot", abstract: "Make a writable snapshot of a volume.",
+        commandName: "snapshot", abstract: "Make a snapshot of a volume, writable or not.",
         discussion: "It holds what was written before, also while the volume is in use.")
 
     @OptionGroup var pool: PoolArgument
@@ -60,10 +69,43 @@ struct VolumeSnapshot: ParsableCommand {
     var origin: String
     @Argument(help: "The snapshot's name.")
     var name: String
+    @Flag(help: "Nobody may write to it.")
+    var readOnly = false
+    @Option(help: "What it is, for people: one line.", transform: oneLine)
+    var description: String?
 
     func run() throws {
-        try apply(.snapshot(origin: origin, name: name), to: pool.path)
-        print("created volume \(name), a snapshot of \(origin)")
+        try apply(
+            .snapshot(
+                origin: origin, name: name, readOnly: readOnly ? true : nil,
+                description: description), to: pool.path)
+        print("created volume \(name), a\(readOnly ? " read-only" : "") snapshot of \(origin)")
+    }
+}
+
+struct VolumeSet: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "set", abstract: "Change whether a volume can be written, or its description.",
+        discussion: "A volume in use stays writable, or read-only.")
+
+    @OptionGroup var pool: PoolArgument
+    @Argument(help: "The volume's name.")
+    var name: String
+    @Option(help: "\"true\": nobody may write to it; \"false\": clients may.")
+    var readOnly: Bool?
+    @Option(help: "What it is, for people: one line; \"\" takes it away.", transform: oneLine)
+    var description: String?
+
+    func validate() throws {
+        guard readOnly != nil || description != nil else {
+            throw ValidationError("nothing to set: give --read-only or --description")
+        }
+    }
+
+    func run() throws {
+        try apply(
+            .set(name: name, readOnly: readOnly, description: description), to: pool.path)
+        print("set volume \(name)")
     }
 }
 
@@ -115,15 +157,18 @@ struct VolumeList: ParsableCommand {
             try Output.json(volumes)
             return
         }
+        let hasDescriptions = volumes.contains { $0.description != nil }
         var rows = [["NAME", "ID", "SIZE", "MAPPED", "ORIGIN", "CREATED", "CLIENTS", "STATE"]]
+        if hasDescriptions { rows[0].append("DESCRIPTION") }
         for volume in volumes {
             rows.append([
                 volume.name ?? "-", "\(volume.id)",
                 volume.size.map { "\(ByteSize(bytes: $0))" } ?? "-",
                 "\(ByteSize(bytes: volume.mappedBytes))", volume.origin ?? "-",
                 volume.created.map(Output.date) ?? "-", "\(volume.connections)",
-                volume.state.rawValue,
+                volume.readOnly == true ? "read-only" : volume.state.rawValue,
             ])
+            if hasDescriptions { rows[rows.count - 1].append(volume.description ?? "-") }
         }
         Output.table(rows)
     }

@@ -54,10 +54,11 @@ struct PoolCommand: ParsableCommand {
 
 struct VolumeCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "volume", abstract: "Make, list, snapshot and delete the volumes of a pool.",
+        commandName: "volume",
+        abstract: "Make, list, snapshot, set and delete the volumes of a pool.",
         subcommands: [
-            VolumeCreate.self, VolumeList.self, VolumeSnapshot.self, VolumeDelete.self,
-            VolumeAdopt.self,
+            VolumeCreate.self, VolumeList.self, VolumeSnapshot.self, VolumeSet.self,
+            VolumeDelete.self, VolumeAdopt.self,
         ])
 }
 

@@ -218,9 +218,9 @@ extension World {
         var expected = models
         for change in changes {
             switch change.change {
-            case .create(let name, let size) where names.contains(name):
+            case .create(let name, let size, _) where names.contains(name):
                 expected[name] = VolumeModel(name: name, sectors: Int(size / 512))
-            case .snapshot(let origin, let name) where names.contains(name):
+            case .snapshot(let origin, let name, _, _) where names.contains(name):
                 if let source = models[origin] {
                     expected[name] = VolumeModel(
                         snapshotOf: source, name: name, askedAt: change.sentAt, now: time)

@@ -11,7 +11,8 @@ extension World {
         changes.append(record)
         note("asked: \(change)")
         if case .delete(let name) = change { models[name]?.isGoing = true }
-        if case .snapshot(let origin, _) = change { models[origin]?.hasRelatives = true }
+        if case .snapshot(let origin, _, _, _) = change { models[origin]?.hasRelatives = true }
+        if case .set(let name, .some, _) = change { models[name]?.access = .unknown }
         nonisolated(unsafe) let unsafeRecord = record
         pool.request(change) { unsafeRecord.result = .some($0) }
         return record
@@ -61,6 +62,12 @@ extension World {
             (.create(name: "a", size: Volume.maxSize + 512), .invalidSize),
             (.snapshot(origin: "nobody", name: "a"), .noSuchVolume),
             (.snapshot(origin: name, name: name), .exists),
+            (.create(name: "a", size: 512, description: "a\nb"), .invalidDescription),
+            (.set(name: "nobody", readOnly: true), .noSuchVolume),
+            (
+                .set(name: name, description: String(repeating: "a", count: 256)),
+                .invalidDescription
+            ),
             (.delete(name: "nobody"), .noSuchVolume),
             (.adopt(id: 999, name: "a", size: 512), .noSuchVolume),
             (.adopt(id: 1, name: name, size: 512), .exists),
@@ -96,6 +103,10 @@ extension World {
                 }
                 if failedAt != nil {
                     uncertain.append(change)
+                } else if case .set(let name, let readOnly?, _) = change.change {
+                    // It was the other before.
+                    models[name]?.access =
+                        readOnly ? .writable(since: time) : .readOnly(since: time)
                 } else if case .delete(let name) = change.change {
                     models[name]?.isGoing = false
                 }
@@ -107,7 +118,7 @@ extension World {
             }
             happened(change)
             // What it holds is decided: it is read once, and may never change again by itself.
-            if case .snapshot(_, let name) = change.change, let model = models[name],
+            if case .snapshot(_, let name, _, _) = change.change, let model = models[name],
                 failedAt == nil
             {
                 try verify(model)
@@ -117,20 +128,23 @@ extension World {
 
     func happened(_ change: Change) {
         switch change.change {
-        case .create(let name, let size):
+        case .create(let name, let size, _):
             models[name] = VolumeModel(name: name, sectors: Int(size / 512))
-        case .snapshot(let origin, let name):
+        case .snapshot(let origin, let name, let readOnly, _):
             guard let source = models[origin] else { return }
             models[name] = VolumeModel(
                 snapshotOf: source, name: name, askedAt: change.sentAt, now: time)
+            if readOnly { models[name]!.access = .readOnly(since: time) }
             counts.snapshots += 1
+        case .set(let name, let readOnly?, _):
+            models[name]?.access = readOnly ? .readOnly(since: time) : .writable(since: time)
         case .delete(let name):
             models[name] = nil
             counts.deletions += 1
         case .adopt(let id, let name, let size):
             models[name] = VolumeModel(name: name, sectors: Int(size / 512))
             strangers.remove(id)
-        case .forget:
+        case .set, .forget:
             break
         }
     }
@@ -139,7 +153,7 @@ extension World {
     func resolveChanges(_ names: Set<String>) {
         for change in changes + uncertain {
             switch change.change {
-            case .create(let name, _), .snapshot(_, let name), .adopt(_, let name, _):
+            case .create(let name, _, _), .snapshot(_, let name, _, _), .adopt(_, let name, _):
                 if names.contains(name), models[name] == nil { happened(change) }
             case .delete(let name):
                 if names.contains(name) {
@@ -147,7 +161,8 @@ extension World {
                 } else if models[name] != nil {
                     happened(change)
                 }
-            case .forget:
+            case .set, .forget:
+                // What has become of it is looked at when the pool is open.
                 break
             }
         }
@@ -166,9 +181,9 @@ extension World {
         }
         let unnamed: [VolumeInfo]
         do {
-            unnamed = try pool.volumeList().filter {
-                $0.state == .unnamed && !strangers.contains($0.id)
-            }
+            let list = try pool.volumeList()
+            try checkAccess(list)
+            unnamed = list.filter { $0.state == .unnamed && !strangers.contains($0.id) }
         } catch {
             // Reading it failed.
             if isTroubled { return }
@@ -177,6 +192,38 @@ extension World {
         if let device = unnamed.first {
             throw WorldFailure(description: "thin device \(device.id) has no volume")
         }
+    }
+
+    /// Who may be written to is as it was told; what was not told is known from now on.
+    private func checkAccess(_ list: [VolumeInfo]) throws {
+        for info in list {
+            guard let model = info.name.flatMap({ models[$0] }), let readOnly = info.readOnly else {
+                continue
+            }
+            switch model.access {
+            case .writable where readOnly, .readOnly where !readOnly:
+                throw WorldFailure(
+                    description: "volume \(model.name) has become "
+                        + (readOnly ? "read-only" : "writable"))
+            case .unknown:
+                model.access = readOnly ? .readOnly(since: time) : .writable(since: time)
+            default: break
+            }
+        }
+    }
+
+    /// Some volume is to be read-only, or writable again; mostly nobody has it open then.
+    func changeAccess() {
+        guard let model = randomModel(), !model.isGoing else { return }
+        let readOnly: Bool
+        switch model.access {
+        case .writable: readOnly = true
+        case .readOnly: readOnly = false
+        case .unknown: return
+        }
+        leaveAll(model)
+        if (clients + broken).contains(where: { $0.model === model }), !random.oneIn(8) { return }
+        ask(.set(name: model.name, readOnly: readOnly, description: "since \(time)"))
     }
 
     /// Checks the pool while it is served; others go on between any two reads of the check.

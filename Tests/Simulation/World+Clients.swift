@@ -317,13 +317,20 @@ extension World {
         // Anything may be read from a damaged disk.
         if isDamaged { return }
         if let wrong = request.wrong {
+            if reply.error == WireError.notPermitted.rawValue,
+                model.mayRefuse(sentAt: request.begun)
+            {
+                return
+            }
             guard reply.error == wrong.error.rawValue else {
                 throw WorldFailure(
                     description: "\(wrong) of \(model.name) is answered with \(reply.error)")
             }
             return
         }
-        if isReadOnly, request.changes, reply.error == 0 {
+        if request.changes, reply.error == 0,
+            isReadOnly || !model.mayChange(sentAt: request.begun)
+        {
             throw WorldFailure(
                 description: "\(request.command) of \(model.name) is done, though it is read-only")
         }
@@ -372,7 +379,8 @@ extension World {
             counts.outOfSpace += 1
         case .inputOutput where isTroubled:
             break
-        case .notPermitted where isReadOnly && request.changes:
+        case .notPermitted
+        where request.changes && (isReadOnly || model.mayRefuse(sentAt: request.begun)):
             counts.refused += 1
         default:
             throw WorldFailure(

@@ -24,7 +24,7 @@ extension World {
         while asked.result == nil, failedAt == nil, changes.contains(where: { $0 === asked }) {
             try passTime()
         }
-        guard case .some(.none) = asked.result, case .snapshot(_, let copy) = asked.change,
+        guard case .some(.none) = asked.result, case .snapshot(_, let copy, _, _) = asked.change,
             let model = models[copy], let reader = try drillClient(model)
         else { return }
 

@@ -150,7 +150,9 @@ public final class World {
             ask(.create(name: name(), size: randomSize()))
         case 6..<13 where options.snapshots && models.count < options.volumes + 2:
             if let origin = randomModel() {
-                ask(.snapshot(origin: origin.name, name: name()))
+                ask(
+                    .snapshot(
+                        origin: origin.name, name: name(), readOnly: random.oneIn(6)))
             }
         case 13..<17 where options.deletions:
             if let model = randomModel() { delete(model) }
@@ -206,6 +208,8 @@ public final class World {
             try checkSpace()
         case 56..<62:
             askExtents()
+        case 62 where options.accessChanges:
+            changeAccess()
         default:
             try send()
         }

@@ -46,6 +46,8 @@ public struct WorldOptions {
     public var floods = false
     /// The pool is served read-only for a while.
     public var readOnlyTimes = false
+    /// Volumes become read-only, and writable again.
+    public var accessChanges = true
     /// Many small volumes take nearly all metadata.
     public var scarceMetadata = false
     /// Now and then the pool at rest is filled to the brim, and emptied again.
@@ -106,6 +108,7 @@ public struct WorldOptions {
         wrongRequests = random.oneIn(3)
         floods = random.oneIn(40)
         readOnlyTimes = random.oneIn(4)
+        accessChanges = random.oneIn(2)
         fills = dataFaults || random.oneIn(3)
         cutsAtPromises = powerCuts && random.oneIn(3)
         dataInMemory = random.oneIn(3)
@@ -183,7 +186,8 @@ public struct WorldCounts: Sendable {
 
     private static var fields: [(name: String, path: WritableKeyPath<Self, Int>)] {
         [
-            ("requests", \.requests), ("queries", \.queries), ("commits", \.commits), ("snapshots", \.snapshots),
+            ("requests", \.requests), ("queries", \.queries), ("commits", \.commits),
+            ("snapshots", \.snapshots),
             ("deletions", \.deletions), ("growths", \.grows), ("checks", \.checks),
             ("reopenings", \.reopens), ("reconnections", \.reconnects),
             ("refusals", \.refused), ("read-only times", \.readOnlyTimes),

@@ -32,6 +32,23 @@ final class VolumeModel {
     private var originAtGrant: [[Version]] = []
     /// Its deletion has been asked for.
     var isGoing = false
+    /// Whether it can be written, and since when that is known.
+    enum Access {
+        case writable(since: UInt64)
+        case readOnly(since: UInt64)
+        /// A change has been asked for, or may have been made.
+        case unknown
+    }
+    var access = Access.writable(since: 0)
+
+    /// Whether a change that was sent at `time` may be refused; whether it may be done.
+    func mayRefuse(sentAt time: UInt64) -> Bool {
+        if case .writable(let since) = access { time < since } else { true }
+    }
+    func mayChange(sentAt time: UInt64) -> Bool {
+        if case .readOnly(let since) = access { time < since } else { true }
+    }
+
     /// It is a snapshot, or one of it has been asked for.
     var hasRelatives = false
     /// For every block that anybody has asked to change, the value of the only write that has; nil:
@@ -76,6 +93,7 @@ final class VolumeModel {
         soleWriters = other.soleWriters
         isUndecided = other.isUndecided
         hasRelatives = other.hasRelatives
+        access = other.access
         originAtGrant = other.originAtGrant
     }
 
