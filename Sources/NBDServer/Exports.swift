@@ -55,9 +55,9 @@ package struct PoolExports: ExportDirectory {
     }
 
     package func list(secure: Bool) -> [ListedExport] {
-        pool.volumeNames().compactMap { name in
+        pool.volumeDescriptions().compactMap { name, description in
             guard secure || !settings.requireTLS.contains(name) else { return nil }
-            return ListedExport(name: name, description: "")
+            return ListedExport(name: name, description: description ?? "")
         }
     }
 
@@ -114,14 +114,17 @@ package struct PoolExports: ExportDirectory {
 
     /// The only place of the protocol for the size of a data block.
     private func description(_ volume: Volume) -> String {
-        "thin volume, data blocks of \(pool.blockSize >> 10) KiB"
+        "\(volume.description ?? "thin volume"), data blocks of \(pool.blockSize >> 10) KiB"
     }
 
     // MARK: - Meta contexts
 
     package func contextNames(of name: String, beginningWith prefix: String) -> [String] {
         with(name) { volume in
-            let names = [MetaContext.allocation, WaferContext.shared]
+            let bases = pool.extentBases(of: volume, limit: Self.mostListedBases)
+            let names =
+                [MetaContext.allocation, WaferContext.shared]
+                + bases.map { WaferContext.changedSince + $0 }
             return names.filter { $0.hasPrefix(prefix) }
         } ?? []
     }

@@ -27,6 +27,13 @@ extension Pool {
         lock.withLock { volumesByName.keys.sorted() }
     }
 
+    /// All volumes by name.
+    public func volumeDescriptions() -> [(name: String, description: String?)] {
+        lock.withLock {
+            volumesByName.values.sorted { $0.name < $1.name }.map { ($0.name, $0.description) }
+        }
+    }
+
     public func volumeSize(_ name: String) -> UInt64? {
         lock.withLock { volumesByName[name]?.size }
     }

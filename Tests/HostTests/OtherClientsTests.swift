@@ -40,12 +40,15 @@ import Testing
             #expect(exports.count == 1)
             let export = exports[0]
             #expect(export["export-name"] as? String == "alpha")
-            #expect(export["description"] as? String == "thin volume")
+            #expect(export["description"] as? String == "thin volume, data blocks of 64 KiB")
             #expect(export["export-size"] as? Int == 5 << 20)
-            for flag in ["flush", "fua", "trim", "zero", "multi_conn", "cache"] {
+            let can = [
+                "flush", "fua", "trim", "zero", "fast_zero", "multi_conn", "cache", "df",
+            ]
+            for flag in can {
                 #expect(export["can_" + flag] as? Bool == true, "\(flag)")
             }
-            for flag in ["is_read_only", "is_rotational", "can_df", "can_fast_zero"] {
+            for flag in ["is_read_only", "is_rotational"] {
                 #expect(export[flag] as? Bool == false, "\(flag)")
             }
             #expect(export["block_size_minimum"] as? Int == 512)
