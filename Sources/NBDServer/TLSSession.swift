@@ -198,11 +198,10 @@ package final class TLSSession {
         return String(validating: bytes, as: UTF8.self).map { .certificate($0) }
     }
 
-    /// Version and algorithms, for the log.
+    /// Version and cipher, for the log.
     var summary: String {
-        guard let text = gnutls_session_get_desc(session) else { return "TLS" }
-        defer { cgnutls_free(text) }
-        return String(cString: text)
+        [gnutls_protocol_get_name(version), gnutls_cipher_get_name(cipher)]
+            .map { $0.map { String(cString: $0) } ?? "?" }.joined(separator: " ")
     }
 
     // MARK: - Plaintext in
