@@ -148,7 +148,10 @@ package final class Connection {
         moved += UInt64(max(result, 0))
         if phase == .closed || result < 0 {
             transmission?.received(0, sink)
-            if result < 0 { breakOff("receiving failed: \(ServerError.words(-result))") }
+            if result < 0 {
+                let what = tls?.isEstablished == false ? "TLS handshake" : "receiving"
+                breakOff("\(what) failed: \(ServerError.words(-result))")
+            }
             return
         }
         if let tls {
