@@ -35,10 +35,12 @@ let package = Package(
         .target(
             name: "NBDServer",
             dependencies: [
-                "NBDProtocol", "ThinPool", "BlockIO", "CLinux",
+                "NBDProtocol", "ThinPool", "BlockIO", "CLinux", "CGnuTLS",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: swiftSettings),
+        .systemLibrary(
+            name: "CGnuTLS", pkgConfig: "gnutls", providers: [.apt(["libgnutls28-dev"])]),
         .target(name: "NBDProtocol", swiftSettings: swiftSettings),
         .testTarget(
             name: "NBDProtocolTests", dependencies: ["NBDProtocol"], swiftSettings: swiftSettings),
@@ -109,7 +111,7 @@ let package = Package(
         .testTarget(
             name: "NBDServerTests",
             dependencies: [
-                "NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO",
+                "NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO", "CGnuTLS",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: swiftSettings),

@@ -27,6 +27,9 @@ public final class PoolServer {
     public init(_ path: String, _ options: ServeOptions, logger: Logger) throws(ControlError) {
         self.logger = logger
         let directory = try PoolDirectory.locate(path)
+        let tls = try options.tls.map { tls throws(ControlError) in
+            try tls.configuration(logger)
+        }
         let allowRing = try Self.prepare(options, logger)
         let local = try Self.open(directory, options, allowRing: allowRing)
         self.local = local
@@ -39,7 +42,12 @@ public final class PoolServer {
             try? local.close()
             throw error
         }
-        let configuration = Self.configuration(directory, local, options, allowRing: allowRing)
+        var configuration = Self.configuration(directory, local, options, allowRing: allowRing)
+        configuration.tls = tls
+        let names = Set(local.pool.volumeNames())
+        for name in tls?.requiredExports.subtracting(names).sorted() ?? [] {
+            logger.warning("there is no volume \(name) yet, whose clients have to use TLS")
+        }
         server = Server(pool: local.pool, configuration: configuration, logger: logger)
         describe(local)
     }

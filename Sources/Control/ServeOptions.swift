@@ -34,6 +34,8 @@ public struct ServeOptions: Sendable {
     public var reactors = 1
     public var payloadBytes = MemoryBudget.payloadBytes
     public var io = IOChoice.auto
+    /// nil: no TLS.
+    public var tls: TLSOptions?
     public var pool = PoolOptions()
 
     public init() { setCache(bytes: MemoryBudget.cacheBytes) }

@@ -6,6 +6,10 @@
 //
 // draining: no more requests; those in flight are finished and their replies sent.
 // closed: the socket is shut down; what the kernel and the engine still hold is waited for.
+//
+// With TLS the reactor moves ciphertext, and a session stands between it and all of this: what is
+// received is decrypted as far as there is room for it, messages are encrypted before they are
+// sent. When the kernel does the encrypting, the session is gone and only the goodbye is special.
 
 import Glibc
 import NBDProtocol
@@ -30,6 +34,8 @@ package final class Connection {
     var isMarked = false
     var isShutDown = false
     var isAnnounced = false
+    /// The kernel does not want this connection's TLS.
+    var staysWithTLS = false
     var hasWarned = false
     /// Bytes received and sent, and how many there were when the reactor last began to watch.
     private(set) var moved: UInt64 = 0
@@ -45,7 +51,7 @@ package final class Connection {
 
     // Handshake
     private var exports: PoolExports
-    private var handshake = Handshake()
+    private var handshake: Handshake
     /// What has been received and not yet taken by the handshake.
     private var greetingInput: UnsafeMutableRawBufferPointer
     private var greetingStart = 0
@@ -54,6 +60,18 @@ package final class Connection {
     private var greetingOutput: UnsafeMutableRawBufferPointer?
     private let greetingMessage: UnsafeMutablePointer<msghdr>
     private let greetingVector: UnsafeMutablePointer<iovec>
+
+    // TLS, once the client has asked for it
+    private let credentials: TLSCredentials?
+    private var tls: TLSSession?
+    /// The client has been told to begin with TLS.
+    private var startsTLS = false
+    /// What the end of the stream is announced with; nil: it is not the kernel that encrypts.
+    private var kernelGoodbye: KernelTLS.Goodbye?
+    private var hasSaidGoodbye = false
+    /// Version, algorithms and who the client is; nil: there is no TLS.
+    private(set) var tlsSummary: String?
+    private(set) var identity = TLSIdentity.none
 
     package private(set) var transmission: Transmission?
     /// The export's name, once there is one.
@@ -70,16 +88,19 @@ package final class Connection {
 
     package convenience init(
         socket: Int32, index: Int, generation: UInt32, peer: String, exports: PoolExports,
-        buffers: BufferPool, tick: UInt64, handshakeDeadline: UInt64
+        buffers: BufferPool, tls: TLSConfiguration? = nil, tick: UInt64,
+        handshakeDeadline: UInt64
     ) {
         self.init(
             socket: socket, index: index, generation: generation, peer: peer, exports: exports,
-            buffers: buffers, tick: tick, handshakeDeadline: handshakeDeadline, session: nil)
+            buffers: buffers, tick: tick, handshakeDeadline: handshakeDeadline, tls: tls,
+            session: nil)
     }
 
     init(
         socket: Int32, index: Int, generation: UInt32, peer: String, exports: PoolExports,
-        buffers: BufferPool, tick: UInt64, handshakeDeadline: UInt64, session: Admission.Session?
+        buffers: BufferPool, tick: UInt64, handshakeDeadline: UInt64, tls: TLSConfiguration?,
+        session: Admission.Session?
     ) {
         self.socket = socket
         self.index = index
@@ -88,6 +109,8 @@ package final class Connection {
         self.exports = exports
         self.buffers = buffers
         self.session = session
+        credentials = tls?.credentials
+        handshake = Handshake(tls: tls?.policy ?? .off)
         watchedSince = tick
         idleSince = tick
         self.handshakeDeadline = handshakeDeadline
@@ -125,33 +148,52 @@ package final class Connection {
         moved += UInt64(max(result, 0))
         if phase == .closed || result < 0 {
             transmission?.received(0, sink)
-            if result < 0 { breakOff("receiving failed: \(ServerError.words(-result))") }
+            if result < 0 {
+                let what = tls?.isEstablished == false ? "TLS handshake" : "receiving"
+                breakOff("\(what) failed: \(ServerError.words(-result))")
+            }
             return
         }
+        if let tls {
+            tls.received(Int(result))
+            decrypt(tls, sink)
+        } else {
+            receivedPlaintext(Int(result), sink)
+        }
+    }
+
+    private func receivedPlaintext(_ count: Int, _ sink: some RequestSink) {
         switch phase {
         case .handshake:
-            if result == 0 {
+            if count == 0 {
                 breakOff(
                     handshake.isAtBoundary ? nil : "the client left in the middle of a message")
             } else {
-                greetingEnd += Int(result)
+                greetingEnd += count
                 if greetingOutput == nil { advanceHandshake(sink) }
             }
         case .transmission:
-            if result == 0 {
+            if count == 0 {
                 // First, so that the payload's buffer is no longer the kernel's.
                 transmission!.received(0, sink)
                 let isClean = transmission!.endReading()
                 drain(isClean ? nil : "the client left in the middle of a request")
             } else {
-                transmission!.received(Int(result), sink)
+                transmission!.received(count, sink)
                 lookAtTransmission()
             }
         case .draining:
-            transmission?.received(Int(result), sink)
+            transmission?.received(count, sink)
         case .closed:
             break
         }
+    }
+
+    /// Nothing more will come, because of `problem`; nil: that is how the stream ends.
+    func receivingEnded(_ problem: String?, _ sink: some RequestSink) {
+        guard let problem else { return received(0, sink) }
+        transmission?.received(0, sink)
+        breakOff(problem)
     }
 
     /// `result` bytes of `nextMessage` were sent; negative: -errno.
@@ -164,11 +206,19 @@ package final class Connection {
             breakOff(isFarewell ? nil : "sending failed: \(ServerError.words(-result))")
             return
         }
+        if hasSaidGoodbye { return }
+        guard let tls else { return sentPlaintext(Int(result), sink) }
+        let count = tls.sent(Int(result))
+        if count > 0 { sentPlaintext(count, sink) }
+        decrypt(tls, sink)
+    }
+
+    private func sentPlaintext(_ count: Int, _ sink: some RequestSink) {
         if let output = greetingOutput {
-            greetingSent(Int(result), of: output, sink)
+            greetingSent(count, of: output, sink)
             return
         }
-        transmission!.sent(Int(result))
+        transmission!.sent(count)
         if phase == .transmission {
             transmission!.resume(sink)
             lookAtTransmission()
@@ -177,10 +227,13 @@ package final class Connection {
 
     /// What the connection waited for, memory or its export, may be there.
     package func resume(_ sink: some RequestSink) {
-        if phase == .handshake && isWaiting { return advanceHandshake(sink) }
-        guard phase == .transmission else { return }
-        transmission!.resume(sink)
-        lookAtTransmission()
+        if phase == .handshake && isWaiting {
+            advanceHandshake(sink)
+        } else if phase == .transmission {
+            transmission!.resume(sink)
+            lookAtTransmission()
+        }
+        if let tls { decrypt(tls, sink) }
     }
 
     /// - Returns: true if others may open the volume now who had to wait.
@@ -215,6 +268,17 @@ package final class Connection {
 
     /// Where received bytes go; nil: nothing is to be received now.
     package func receiveSpace() -> UnsafeMutableRawBufferPointer? {
+        guard let tls else { return plaintextSpace() }
+        let isWanted =
+            switch phase {
+            case .handshake: !tls.isEstablished || greetingOutput == nil && !isWaiting
+            case .transmission: transmission!.wantsInput
+            case .draining, .closed: false
+            }
+        return isWanted ? tls.receiveSpace() : nil
+    }
+
+    private func plaintextSpace() -> UnsafeMutableRawBufferPointer? {
         switch phase {
         case .handshake:
             // One option at a time: the next is read when the answer has gone.
@@ -228,8 +292,31 @@ package final class Connection {
         }
     }
 
+    /// What is sent next, or nil: nothing, or the connection has just been broken off.
     package func nextMessage() -> UnsafePointer<msghdr>? {
         guard phase != .closed else { return nil }
+        if let tls { return nextCiphertext(tls) }
+        if let message = nextPlaintext() { return message }
+        guard let kernelGoodbye, isAnswered, !hasSaidGoodbye else { return nil }
+        hasSaidGoodbye = true
+        return UnsafePointer(kernelGoodbye.message)
+    }
+
+    private func nextCiphertext(_ tls: TLSSession) -> UnsafePointer<msghdr>? {
+        if tls.isEstablished && tls.isFlushed {
+            if let message = nextPlaintext() {
+                if case .failed(let reason) = tls.seal(message) {
+                    breakOff("TLS: \(reason)")
+                    return nil
+                }
+            } else if isAnswered && !tls.hasSaidGoodbye {
+                tls.sayGoodbye()
+            }
+        }
+        return tls.nextMessage()
+    }
+
+    private func nextPlaintext() -> UnsafePointer<msghdr>? {
         if greetingOutput != nil {
             greetingMessage.pointee.msg_iov = greetingVector
             greetingMessage.pointee.msg_iovlen = 1
@@ -240,6 +327,12 @@ package final class Connection {
 
     /// Everything was answered and sent: the socket can be shut down.
     package var isDrained: Bool {
+        guard isAnswered else { return false }
+        if let tls { return tls.isFlushed && (tls.hasSaidGoodbye || !tls.isEstablished) }
+        return kernelGoodbye == nil || hasSaidGoodbye && !isSending
+    }
+
+    private var isAnswered: Bool {
         guard phase == .draining, greetingOutput == nil else { return false }
         guard let transmission else { return true }
         return transmission.inFlight == 0 && !transmission.hasReplies
@@ -298,12 +391,70 @@ package final class Connection {
         switch outcome {
         case .receive, .send: break
         case .wait: isWaiting = true
-        case .startTLS: preconditionFailure("TLS is not offered")
         case .transmit(let agreement): enterTransmission(agreement, sink)
+        case .startTLS:
+            if greetingStart < greetingEnd {
+                breakOff("the client sent something in plaintext behind STARTTLS")
+            } else {
+                startsTLS = true
+            }
         case .close(.aborted): drain(nil)
         case .close(.violation(let text)): breakOff(text)
         }
     }
+
+    // MARK: - TLS
+
+    /// Gives the protocol what was received, as far as it has room for it.
+    private func decrypt(_ tls: TLSSession, _ sink: some RequestSink) {
+        if !tls.isEstablished {
+            guard phase == .handshake else { return }
+            switch tls.handshake() {
+            case .again: return
+            case .failed(let reason): return drain("TLS handshake failed: \(reason)")
+            case .done: tlsEstablished(tls)
+            }
+        }
+        while let space = plaintextSpace() {
+            switch tls.read(into: space) {
+            case .bytes(let count):
+                receivedPlaintext(count, sink)
+            case .again:
+                transmission?.received(0, sink)  // the space is not used
+                return
+            case .end:
+                receivedPlaintext(0, sink)
+            case .failed(let reason):
+                transmission?.received(0, sink)
+                breakOff("TLS: \(reason)")
+            }
+        }
+    }
+
+    private func tlsEstablished(_ tls: TLSSession) {
+        handshake.tlsEstablished()
+        identity = tls.identity
+        tlsSummary = tls.summary
+    }
+
+    /// The session, if the kernel may go on with it now.
+    func sessionForKernel(_ use: KernelTLSUse) -> TLSSession? {
+        guard let tls, !staysWithTLS, !isSending, !isReceiving, phase == .handshake || phase == .transmission,
+            tls.isQuiet, KernelTLS.mayTakeOver(tls, use)
+        else { return nil }
+        return tls
+    }
+
+    /// From now on the kernel encrypts and decrypts.
+    func leaveTLSToKernel() {
+        tls = nil
+        kernelGoodbye = KernelTLS.Goodbye()
+        tlsSummary! += ", by the kernel"
+    }
+
+    var usesKernelTLS: Bool { kernelGoodbye != nil }
+
+    // MARK: - The greeting
 
     private func sendGreeting(_ output: [UInt8]) {
         let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: output.count, alignment: 16)
@@ -320,7 +471,13 @@ package final class Connection {
         guard greetingVector.pointee.iov_len == 0 else { return }
         output.deallocate()
         greetingOutput = nil
-        if phase == .handshake { advanceHandshake(sink) }
+        guard phase == .handshake else { return }
+        if startsTLS {
+            startsTLS = false
+            tls = TLSSession(credentials!)
+        } else {
+            advanceHandshake(sink)
+        }
     }
 
     private func enterTransmission(_ agreement: Agreement, _ sink: some RequestSink) {

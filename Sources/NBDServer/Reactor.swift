@@ -66,6 +66,8 @@ final class Reactor {
     private var tick: UInt64 = 0
     private var isTicking = false
     private var stopDeadline: UInt64?
+    /// `off` once the kernel is known to have no TLS.
+    private var kernelTLS: KernelTLSUse
 
     /// Whether looking for completions before going to sleep pays: while only clients are waited
     /// for, and while the data device is.
@@ -98,6 +100,7 @@ final class Reactor {
         self.shared = shared
         self.mailbox = mailbox
         logger = shared.logger
+        kernelTLS = shared.configuration.tls?.kernel ?? .off
         let configuration = shared.configuration
         let (queue, fallbackReason) = try makeIOQueue(
             entries: Self.queueEntries, allowRing: configuration.allowRing)
@@ -244,7 +247,7 @@ final class Reactor {
         case .receive:
             let connection = connection(of: tag)
             connection.isReceiving = false
-            connection.received(completion.result, engine)
+            received(completion.result, by: connection)
             mark(connection)
         case .send:
             let connection = connection(of: tag)
@@ -259,6 +262,14 @@ final class Reactor {
             accept(tag.index)
         case nil: preconditionFailure("a completion with an unknown tag")
         }
+    }
+
+    private func received(_ result: Int32, by connection: Connection) {
+        guard connection.usesKernelTLS && result < 0 else {
+            return connection.received(result, engine)
+        }
+        // The end of the stream is an error of its own kind.
+        connection.receivingEnded(KernelTLS.explain(-result, on: connection.socket), engine)
     }
 
     private func connection(of tag: Tag) -> Connection {
@@ -317,6 +328,9 @@ final class Reactor {
 
     /// Starts what the connection wants to be done next.
     private func settle(_ connection: Connection) {
+        if let session = connection.sessionForKernel(kernelTLS) {
+            leave(session, of: connection)
+        }
         if connection.isDrained { connection.breakOff(nil) }
         report(connection)
         if connection.phase == .closed {
@@ -332,6 +346,8 @@ final class Reactor {
             connection.isSending = true
             let tag = Tag(.send, index: connection.index, generation: connection.generation)
             queue.send(connection.socket, message: message, tag: tag.rawValue)
+        } else if connection.phase == .closed {
+            return settle(connection)
         }
         if !connection.isReceiving, let space = connection.receiveSpace() {
             connection.isReceiving = true
@@ -345,13 +361,35 @@ final class Reactor {
         }
     }
 
+    /// Leaves the connection's TLS to the kernel, if that can do it.
+    private func leave(_ session: TLSSession, of connection: Connection) {
+        let outcome = KernelTLS.install(session, on: connection.socket)
+        switch outcome {
+        case .done: connection.leaveTLSToKernel()
+        case .broken(let reason): connection.breakOff(reason)
+        case .unavailable(let reason):
+            connection.staysWithTLS = true
+            guard KernelTLS.isMissing(outcome) else {
+                logger.debug("TLS stays with GnuTLS: \(reason)")
+                return
+            }
+            kernelTLS = .off
+            logger.info("TLS is done by GnuTLS: \(reason)")
+        }
+    }
+
     /// Says once who has come, and once what is wrong with it.
     private func report(_ connection: Connection) {
         if !connection.isAnnounced, let export = connection.exportName {
             connection.isAnnounced = true
-            logger.info(
-                "client connected",
-                metadata: ["peer": "\(connection.peer)", "export": "\(export)"])
+            var metadata: Logger.Metadata = [
+                "peer": "\(connection.peer)", "export": "\(export)",
+            ]
+            if shared.configuration.tls != nil {
+                metadata["tls"] = "\(connection.tlsSummary ?? "none: plaintext")"
+            }
+            if connection.identity != .none { metadata["client"] = "\(connection.identity)" }
+            logger.info("client connected", metadata: metadata)
         }
         guard !connection.hasWarned else { return }
         if let problem = connection.problem {
@@ -415,7 +453,7 @@ final class Reactor {
             socket: arrival.socket, index: index, generation: generation,
             peer: arrival.peer.description, exports: exports, buffers: buffers, tick: tick,
             handshakeDeadline: tick + ticks(shared.configuration.handshakeTimeout),
-            session: session)
+            tls: shared.configuration.tls, session: session)
         connections[index] = connection
         connectionCount += 1
         logger.debug("accepted", metadata: ["peer": "\(connection.peer)"])

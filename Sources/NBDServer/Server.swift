@@ -67,6 +67,9 @@ public final class Server {
         /// Seconds without traffic before TCP asks whether the client is still there; nil: never.
         public var keepAliveSeconds: Int? = 60
 
+        /// nil: no TLS.
+        public var tls: TLSConfiguration?
+
         public init(dataFileDescriptor: Int32) {
             self.dataFileDescriptor = dataFileDescriptor
         }
@@ -187,6 +190,7 @@ final class ServerState: Sendable {
         settings.isReadOnly = configuration.readOnly
         settings.isRotational = configuration.dataIsRotational
         settings.defaultExport = configuration.defaultExport
+        settings.requireTLS = configuration.tls?.requiredExports ?? []
         exportSettings = settings
         admission = Admission(
             Admission.Limits(

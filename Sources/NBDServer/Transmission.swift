@@ -155,6 +155,9 @@ package final class Transmission {
 
     // MARK: - Receiving
 
+    /// `receiveSpace` has room.
+    var wantsInput: Bool { isReading && !isStalled }
+
     /// Where the next bytes go; nil: none are wanted now.
     func receiveSpace() -> UnsafeMutableRawBufferPointer? {
         guard isReading && !isStalled else { return nil }

@@ -48,6 +48,7 @@ struct ServeCommand: ParsableCommand {
     var commitInterval = 1.0
     @Option(help: ArgumentHelp("I/O engine: auto, uring or poll.", valueName: "engine"))
     var io = ServeOptions.IOChoice.auto
+    @OptionGroup(title: "TLS") var tls: TLSArguments
     @Option(
         help: ArgumentHelp(
             "trace, debug, info, notice, warning, error or critical (default: info).",
@@ -116,6 +117,7 @@ struct ServeCommand: ParsableCommand {
         let processors = sysconf(Int32(_SC_NPROCESSORS_ONLN))
         options.reactors = reactors ?? min(max(processors, 1), Self.defaultMaxReactors)
         options.io = io
+        options.tls = tls.options
         options.pool.readOnly = readOnly
         if let cacheSize { options.setCache(bytes: Int(cacheSize.bytes)) }
         options.pool.commitInterval = UInt64(commitInterval * 1e9)

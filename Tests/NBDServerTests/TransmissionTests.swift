@@ -9,7 +9,7 @@ import ThinPool
 @testable import NBDServer
 
 /// Keeps requests until a test finishes them; answers them from a flat image.
-private final class TestSink: RequestSink {
+final class TestSink: RequestSink {
     var waiting: [VolumeRequest] = []
     var image: [UInt8]
     init(size: Int) { image = [UInt8](repeating: 0, count: size) }

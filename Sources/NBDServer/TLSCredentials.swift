@@ -1,0 +1,363 @@
+// What the server proves itself with, and what clients have to: certificates and pre-shared keys,
+// read once at the start and shared by all reactors.
+//
+// 1. Everything is read and checked here. A session neither opens a file nor finds one bad.
+// 2. Nothing changes after `init`: GnuTLS lets threads share credentials that nobody changes.
+// 3. The versions and algorithms are the operator's, or TLS 1.2 and 1.3 with ciphers that
+//    authenticate, and keys that a stolen certificate's or pre-shared key does not give away.
+
+import CGnuTLS
+import Glibc
+import NBDProtocol
+
+/// What the operator wants of TLS.
+public struct TLSSettings: Sendable {
+    /// A directory with server-cert.pem, server-key.pem and, to verify clients, ca-cert.pem and
+    /// maybe ca-crl.pem.
+    public var certificates: String?
+    /// A file of lines "user:key", the key in hexadecimal digits.
+    public var presharedKeys: String?
+    /// A client without a pre-shared key has to have a certificate that ca-cert.pem vouches for.
+    public var verifiesClients = false
+    /// The names in certificates that are let in; none: every name that is vouched for.
+    public var allowedNames: [String] = []
+    /// GnuTLS's priority string.
+    public var priority: String?
+
+    public init() {}
+}
+
+/// TLS as the server offers it.
+public struct TLSConfiguration: Sendable {
+    public var credentials: TLSCredentials
+    /// Not `.off`.
+    public var policy: TLSPolicy
+    /// Exports that are for clients with TLS only, whatever the policy.
+    public var requiredExports: Set<String>
+    public var kernel: KernelTLSUse
+
+    public init(
+        credentials: TLSCredentials, policy: TLSPolicy, requiredExports: Set<String> = [],
+        kernel: KernelTLSUse = .auto
+    ) {
+        self.credentials = credentials
+        self.policy = policy
+        self.requiredExports = requiredExports
+        self.kernel = kernel
+    }
+}
+
+/// - Note: unchecked, because GnuTLS's objects are pointers: see 2 above.
+public final class TLSCredentials: @unchecked Sendable {
+    private let certificate: gnutls_certificate_credentials_t?
+    private let presharedKey: gnutls_psk_server_credentials_t?
+    private let priorities: gnutls_priority_t
+    private let keys: [String: [UInt8]]
+    private let verifiesClients: Bool
+    private let allowedNames: [NamePattern]
+    /// What to look for in a client's certificate; GnuTLS keeps the pointer for each session.
+    private let clientPurpose: UnsafeMutablePointer<gnutls_typed_vdata_st>
+
+    /// What the operator should know, in sentences.
+    public let warnings: [String]
+
+    static let certificateFile = "server-cert.pem"
+    static let keyFile = "server-key.pem"
+    static let authorityFile = "ca-cert.pem"
+    static let revocationFile = "ca-crl.pem"
+
+    /// CBC is left out, and so is the exchange of pre-shared keys without Diffie-Hellman. The
+    /// server's order counts, because a client's may begin with a cipher that its processor has no
+    /// instructions for.
+    static let defaultPriority =
+        "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2:-CIPHER-ALL:+AES-256-GCM:+AES-128-GCM"
+        + ":+CHACHA20-POLY1305:%SERVER_PRECEDENCE"
+    private static let presharedKeyExchanges = ":+ECDHE-PSK:+DHE-PSK"
+
+    public init(_ settings: TLSSettings) throws(ServerError) {
+        var warnings: [String] = []
+        verifiesClients = settings.verifiesClients
+        allowedNames = settings.allowedNames.map(NamePattern.init)
+        keys = try settings.presharedKeys.map { path throws(ServerError) in
+            try PresharedKeys.read(path, &warnings)
+        } ?? [:]
+        priorities = try Self.priorities(
+            settings.priority, withPresharedKeys: settings.presharedKeys != nil)
+        do throws(ServerError) {
+            certificate = try settings.certificates.map { directory throws(ServerError) in
+                try Self.loadCertificates(directory, settings, &warnings)
+            }
+        } catch {
+            gnutls_priority_deinit(priorities)
+            throw error
+        }
+        presharedKey = settings.presharedKeys == nil ? nil : Self.presharedKeyCredentials()
+        self.warnings = warnings
+        clientPurpose = .allocate(capacity: 1)
+        clientPurpose.initialize(
+            to: gnutls_typed_vdata_st(
+                type: GNUTLS_DT_KEY_PURPOSE_OID,
+                data: UnsafeMutableRawPointer(strdup(GNUTLS_KP_TLS_WWW_CLIENT))
+                    .assumingMemoryBound(to: UInt8.self), size: 0))
+    }
+
+    deinit {
+        if let certificate { gnutls_certificate_free_credentials(certificate) }
+        if let presharedKey { gnutls_psk_free_server_credentials(presharedKey) }
+        gnutls_priority_deinit(priorities)
+        free(clientPurpose.pointee.data)
+        clientPurpose.deallocate()
+    }
+
+    // MARK: - Sessions
+
+    /// Lets a new session use them. `owner` is what a callback of the session finds.
+    func equip(_ session: gnutls_session_t) -> Int32 {
+        var result = gnutls_priority_set(session, priorities)
+        if let certificate, result == 0 {
+            result = gnutls_credentials_set(
+                session, GNUTLS_CRD_CERTIFICATE, UnsafeMutableRawPointer(certificate))
+            let request = verifiesClients ? GNUTLS_CERT_REQUIRE : GNUTLS_CERT_IGNORE
+            gnutls_certificate_server_set_request(session, request)
+            if verifiesClients {
+                gnutls_session_set_verify_cert2(session, clientPurpose, 1, 0)
+            }
+        }
+        if let presharedKey, result == 0 {
+            result = gnutls_credentials_set(
+                session, GNUTLS_CRD_PSK, UnsafeMutableRawPointer(presharedKey))
+            // Where the callback finds the keys: the session must not outlive them.
+            gnutls_session_set_ptr(session, Unmanaged.passUnretained(self).toOpaque())
+        }
+        return result
+    }
+
+    var asksForCertificates: Bool { verifiesClients }
+
+    /// Whether who has proved to be `identity` may come in.
+    func admits(_ identity: TLSIdentity) -> Bool {
+        switch identity {
+        case .presharedKey: true
+        case .certificate(let name):
+            allowedNames.isEmpty || allowedNames.contains { $0.matches(name) }
+        case .none: !verifiesClients
+        }
+    }
+
+    private static func presharedKeyCredentials() -> gnutls_psk_server_credentials_t {
+        var credentials: gnutls_psk_server_credentials_t?
+        guard gnutls_psk_allocate_server_credentials(&credentials) == 0, let credentials else {
+            fatalError("out of memory for credentials")
+        }
+        gnutls_psk_set_server_known_dh_params(credentials, GNUTLS_SEC_PARAM_MEDIUM)
+        gnutls_psk_set_server_credentials_function(credentials) { session, name, key in
+            let owner = Unmanaged<TLSCredentials>.fromOpaque(gnutls_session_get_ptr(session)!)
+            return owner.takeUnretainedValue().findKey(name, key)
+        }
+        return credentials
+    }
+
+    /// GnuTLS's answer for a name that nobody has: it goes on with a key of its own making, so that
+    /// a client does not learn whether the name or the key was wrong.
+    private static let unknownName: Int32 = 1
+
+    private func findKey(
+        _ name: UnsafePointer<CChar>?, _ key: UnsafeMutablePointer<gnutls_datum_t>?
+    ) -> Int32 {
+        guard let name, let key, let bytes = keys[String(cString: name)] else {
+            return Self.unknownName
+        }
+        guard let memory = cgnutls_allocate(bytes.count) else { return -1 }
+        memory.copyMemory(from: bytes, byteCount: bytes.count)
+        key.pointee.data = memory.assumingMemoryBound(to: UInt8.self)
+        key.pointee.size = UInt32(bytes.count)
+        return 0
+    }
+
+    // MARK: - Loading
+
+    private static func priorities(
+        _ text: String?, withPresharedKeys: Bool
+    ) throws(ServerError) -> gnutls_priority_t {
+        let text = (text ?? defaultPriority) + (withPresharedKeys ? presharedKeyExchanges : "")
+        var priorities: gnutls_priority_t?
+        var place: UnsafePointer<CChar>?
+        let result = text.withCString { start in
+            let result = gnutls_priority_init(&priorities, start, &place)
+            return (result, place.map { String(cString: $0) } ?? "")
+        }
+        guard result.0 == 0, let priorities else {
+            throw ServerError(
+                operation: "use the TLS priority \(text)", code: 0,
+                reason: "it is wrong at \"\(result.1)\"; \"gnutls-cli --list\" names what there is")
+        }
+        return priorities
+    }
+
+    private static func loadCertificates(
+        _ directory: String, _ settings: TLSSettings, _ warnings: inout [String]
+    ) throws(ServerError) -> gnutls_certificate_credentials_t {
+        let certificatePath = "\(directory)/\(certificateFile)"
+        let keyPath = "\(directory)/\(keyFile)"
+        let chain = try SecretFile.read(certificatePath)
+        let key = try SecretFile.read(keyPath, warnings: &warnings)
+        try CertificateList.check(chain, certificatePath)
+
+        var allocated: gnutls_certificate_credentials_t?
+        guard gnutls_certificate_allocate_credentials(&allocated) == 0, let credentials = allocated
+        else { fatalError("out of memory for credentials") }
+        do throws(ServerError) {
+            gnutls_certificate_set_known_dh_params(credentials, GNUTLS_SEC_PARAM_MEDIUM)
+            let result = withData(chain) { chain in
+                withData(key) { key in
+                    gnutls_certificate_set_x509_key_mem(
+                        credentials, chain, key, GNUTLS_X509_FMT_PEM)
+                }
+            }
+            guard result >= 0 else { throw failure("use \(keyPath)", result) }
+            if settings.verifiesClients { try trust(directory, credentials) }
+        } catch {
+            gnutls_certificate_free_credentials(credentials)
+            throw error
+        }
+        return credentials
+    }
+
+    /// Who vouches for clients.
+    private static func trust(
+        _ directory: String, _ credentials: gnutls_certificate_credentials_t
+    ) throws(ServerError) {
+        let authorityPath = "\(directory)/\(authorityFile)"
+        let authorities = try SecretFile.read(authorityPath)
+        try CertificateList.check(authorities, authorityPath)
+        let count = withData(authorities) {
+            gnutls_certificate_set_x509_trust_mem(credentials, $0, GNUTLS_X509_FMT_PEM)
+        }
+        guard count > 0 else { throw failure("use \(authorityPath)", count) }
+
+        let revocationPath = "\(directory)/\(revocationFile)"
+        guard access(revocationPath, F_OK) == 0 else { return }
+        let revoked = try SecretFile.read(revocationPath)
+        let result = withData(revoked) {
+            gnutls_certificate_set_x509_crl_mem(credentials, $0, GNUTLS_X509_FMT_PEM)
+        }
+        guard result > 0 else { throw failure("use \(revocationPath)", result) }
+    }
+
+    private static func failure(_ operation: String, _ code: Int32) -> ServerError {
+        ServerError(operation: operation, code: 0, reason: TLSWords.error(code))
+    }
+}
+
+/// Who a client has proved to be.
+package enum TLSIdentity: Equatable, Sendable, CustomStringConvertible {
+    /// Nobody was asked: the client may be anybody.
+    case none
+    /// The user of a pre-shared key.
+    case presharedKey(String)
+    /// The name in a verified certificate, as RFC 4514 writes it.
+    case certificate(String)
+
+    /// For the log, where nobody's name may begin a line.
+    package var description: String {
+        switch self {
+        case .none: "anybody"
+        case .presharedKey(let name): "PSK user \(Self.printable(name))"
+        case .certificate(let name): Self.printable(name)
+        }
+    }
+
+    private static func printable(_ name: String) -> String {
+        String(String.UnicodeScalarView(name.unicodeScalars.map { $0.value < 0x20 ? "?" : $0 }))
+    }
+}
+
+/// A name that is let in. Part by part (CN=..., O=...), each as GnuTLS prints it, or with * for a
+/// whole value: never for a part of one, where an escaped comma would let it reach over parts.
+struct NamePattern {
+    private let parts: [Substring]
+
+    init(_ text: String) { parts = Self.split(text) }
+
+    func matches(_ name: String) -> Bool {
+        let found = Self.split(name)
+        return found.count == parts.count
+            && zip(parts, found).allSatisfy { part, found in
+                part == found || part.hasSuffix("=*") && found.hasPrefix(part.dropLast())
+            }
+    }
+
+    /// At commas that are not escaped. A part with several values (a + that is not escaped) is
+    /// split as well, so that * stands for one of them.
+    private static func split(_ name: String) -> [Substring] {
+        var parts: [Substring] = []
+        var start = name.startIndex
+        var isEscaped = false
+        for index in name.indices {
+            if isEscaped {
+                isEscaped = false
+            } else if name[index] == "\\" {
+                isEscaped = true
+            } else if name[index] == "," || name[index] == "+" {
+                parts.append(name[start..<index])
+                // With the sign: "a+b" and "a,b" are different names.
+                start = name[index] == "+" ? index : name.index(after: index)
+            }
+        }
+        parts.append(name[start...])
+        return parts
+    }
+}
+
+/// Calls `body` with the bytes as GnuTLS wants them; it only reads them.
+private func withData<Result>(
+    _ bytes: [UInt8], _ body: (UnsafePointer<gnutls_datum_t>) -> Result
+) -> Result {
+    bytes.withUnsafeBufferPointer { bytes in
+        var data = gnutls_datum_t(
+            data: UnsafeMutablePointer(mutating: bytes.baseAddress), size: UInt32(bytes.count))
+        return body(&data)
+    }
+}
+
+private enum CertificateList {
+    /// Throws unless there is a first certificate, and it is valid now. (Behind the server's own
+    /// come those of authorities, in whose dates clients take an interest.)
+    static func check(_ bytes: [UInt8], _ path: String) throws(ServerError) {
+        var list: UnsafeMutablePointer<gnutls_x509_crt_t?>?
+        var count: UInt32 = 0
+        let result = withData(bytes) {
+            gnutls_x509_crt_list_import2(&list, &count, $0, GNUTLS_X509_FMT_PEM, 0)
+        }
+        guard result >= 0, let list, count > 0 else {
+            throw ServerError(
+                operation: "use \(path)", code: 0,
+                reason: "there is no certificate in it (\(TLSWords.error(result)))")
+        }
+        defer {
+            for index in 0..<Int(count) { gnutls_x509_crt_deinit(list[index]) }
+            cgnutls_free(list)
+        }
+        let now = time(nil)
+        let end = gnutls_x509_crt_get_expiration_time(list[0])
+        let start = gnutls_x509_crt_get_activation_time(list[0])
+        guard now <= end else {
+            throw ServerError(
+                operation: "use \(path)", code: 0,
+                reason: "the certificate expired on \(day(end)); make a new one")
+        }
+        guard now >= start else {
+            throw ServerError(
+                operation: "use \(path)", code: 0,
+                reason: "the certificate is not valid before \(day(start)); check the clock")
+        }
+    }
+
+    private static func day(_ time: time_t) -> String {
+        var time = time
+        var parts = tm()
+        gmtime_r(&time, &parts)
+        func figures(_ number: Int32) -> String { (number < 10 ? "0" : "") + "\(number)" }
+        return "\(1900 + parts.tm_year)-\(figures(parts.tm_mon + 1))-\(figures(parts.tm_mday))"
+    }
+}
