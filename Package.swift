@@ -28,7 +28,7 @@ let package = Package(
         .target(
             name: "Control",
             dependencies: [
-                "NBDServer", "ThinPool", "ThinMetadata", "BlockIO",
+                "NBDServer", "ThinPool", "ThinMetadata", "BlockIO", "CLinux",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: swiftSettings),

@@ -55,6 +55,11 @@ public protocol IOQueue: AnyObject {
     /// Result: -ETIME, not earlier than asked for; PollQueue up to a millisecond later.
     func timeout(nanoseconds: UInt64, tag: UInt64)
 
+    /// Ends the receive or accept of tag `target` on the descriptor, if it still waits: it is then
+    /// delivered with -ECANCELED, with nothing taken from the descriptor. If it has its result
+    /// already, that is delivered. Result: 0, or an error that says nothing.
+    func cancel(_ fd: Int32, target: UInt64, tag: UInt64)
+
     /// Looks for completions for at most so long, without sleeping. True if `run` would deliver
     /// something, or something has happened that it has to look at. Submits nothing.
     func lookOut(nanoseconds: UInt64) -> Bool

@@ -106,6 +106,16 @@ public final class PollQueue: IOQueue {
         wait(WaitingOperation(kind: .poll, fd: fd, tag: tag))
     }
 
+    public func cancel(_ fd: Int32, target: UInt64, tag: UInt64) {
+        outstanding += 1
+        // At most one operation reads a socket at a time.
+        if let operation = waiting.first(fd, .input), operation.tag == target {
+            waiting.removeFirst(fd, .input)
+            complete(target, -ECANCELED)
+        }
+        complete(tag, 0)
+    }
+
     private func startOrWait(_ operation: WaitingOperation) {
         let queued = waiting.first(operation.fd, operation.direction) != nil
         if !queued, let result = attempt(operation, events: 0) {

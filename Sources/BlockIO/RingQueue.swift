@@ -132,6 +132,11 @@ public final class RingQueue: IOQueue {
         while !clinux_ring_timeout(ring, nanoseconds, tag), makeRoom() {}
     }
 
+    public func cancel(_ fd: Int32, target: UInt64, tag: UInt64) {
+        outstanding += 1
+        while !clinux_ring_cancel(ring, target, tag), makeRoom() {}
+    }
+
     /// The entries are full: submits them. False: the ring has failed, and `run` will say so.
     @inline(never)
     private func makeRoom() -> Bool {

@@ -112,6 +112,11 @@ void *clinux_remap(void *memory, size_t old_length, size_t new_length) {
     return moved == MAP_FAILED ? NULL : moved;
 }
 
+int clinux_memory_file(const char *name) {
+    int fd = memfd_create(name, 0);
+    return fd < 0 ? -errno : fd;
+}
+
 void clinux_name_thread(const char *name) {
     prctl(PR_SET_NAME, name, 0, 0, 0);
 }

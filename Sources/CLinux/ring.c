@@ -27,7 +27,7 @@ static const unsigned needed_features =
 
 static const int needed_operations[] = {
     IORING_OP_READ,   IORING_OP_WRITE, IORING_OP_WRITEV,  IORING_OP_FSYNC,    IORING_OP_FALLOCATE,
-    IORING_OP_ACCEPT, IORING_OP_RECV,  IORING_OP_SENDMSG, IORING_OP_POLL_ADD, IORING_OP_TIMEOUT,
+    IORING_OP_ACCEPT, IORING_OP_RECV,  IORING_OP_SENDMSG, IORING_OP_POLL_ADD, IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL,
 };
 
 static const unsigned common_flags = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP;
@@ -175,6 +175,14 @@ bool clinux_ring_poll(struct clinux_ring *ring, int fd, uint64_t tag) {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
     if (!sqe) return false;
     io_uring_prep_poll_add(sqe, fd, POLLIN);
+    sqe->user_data = tag;
+    return true;
+}
+
+bool clinux_ring_cancel(struct clinux_ring *ring, uint64_t target, uint64_t tag) {
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
+    if (!sqe) return false;
+    io_uring_prep_cancel64(sqe, target, 0);
     sqe->user_data = tag;
     return true;
 }

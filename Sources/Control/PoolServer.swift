@@ -70,6 +70,9 @@ public final class PoolServer {
         configuration.connectedSocket = options.connectedSocket
         configuration.onConnectedEnd = options.onConnectedEnd
 
+        configuration.inherited = options.inherited
+        configuration.defaultExport = options.defaultExport
+
         configuration.rules = options.rules
         configuration.maxConnections = options.maxConnections
         configuration.maxConnectionsOfClient = options.maxConnectionsOfClient
@@ -106,6 +109,16 @@ public final class PoolServer {
         server.stop()
         control.stop()
         try local.close()
+    }
+
+    /// The same, but clients and listening sockets are left to the next server.
+    public func handOver() throws(ControlError) -> HandOver {
+        precondition(!isStopped, "a stopped server has nothing to hand over")
+        isStopped = true
+        let handOver = server.handOver()
+        control.stop()
+        try local.close()
+        return handOver
     }
 
     // MARK: - Opening

@@ -36,6 +36,10 @@ public struct ServeOptions: Sendable {
     public var io = IOChoice.auto
     /// nil: no TLS.
     public var tls: TLSOptions?
+    /// The export for clients that name none; nil: the only volume, if there is only one.
+    public var defaultExport: String?
+    /// What the server before has left.
+    public var inherited: HandOver?
     public var pool = PoolOptions()
 
     public init() { setCache(bytes: MemoryBudget.cacheBytes) }

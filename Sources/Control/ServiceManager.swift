@@ -7,6 +7,7 @@ public final class ServiceManager: Sendable {
     public enum Message: String, Sendable {
         case ready = "READY=1"
         case stopping = "STOPPING=1"
+        case reloading = "RELOADING=1"
     }
 
     /// Path, or "@" and an abstract name; nil: nobody wants to know.
@@ -17,6 +18,11 @@ public final class ServiceManager: Sendable {
     public init() {
         address = getenv(Self.variable).map { String(cString: $0) }
         unsetenv(Self.variable)
+    }
+
+    /// For the program that takes this one's place.
+    public func stayInEnvironment() {
+        if let address { setenv(Self.variable, address, 1) }
     }
 
     /// - Returns: nil, or what went wrong: nothing that would keep the server from serving.

@@ -2,13 +2,15 @@
 
 /// How requests and replies look on the wire, as the client has asked for it. Each includes what the
 /// one before it can express.
-public enum WireFormat: Sendable, Comparable {
+public enum WireFormat: UInt8, Sendable, Comparable, Codable {
     /// 28-byte requests, simple replies.
     case simple
     /// 28-byte requests; READ and BLOCK_STATUS are answered in chunks.
     case structured
     /// 32-byte requests with 64-bit lengths; everything is answered in chunks.
     case extended
+
+    public static func < (one: Self, other: Self) -> Bool { one.rawValue < other.rawValue }
 }
 
 /// An export as the handshake describes it.
@@ -53,7 +55,7 @@ public struct Export: Hashable, Sendable {
 }
 
 /// A meta context that a session has selected.
-public struct MetaContext: Hashable, Sendable {
+public struct MetaContext: Hashable, Sendable, Codable {
     /// What the extents of this context are marked with in replies.
     public var id: UInt32
     public var name: String

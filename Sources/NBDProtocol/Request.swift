@@ -45,6 +45,20 @@
                 ? bytes.bigEndian(24) : UInt64(bytes.bigEndian(24, as: UInt32.self)))
     }
 
+    /// Writes `size` bytes, or `extendedSize`, as `parse` reads them.
+    public func write(to bytes: UnsafeMutableRawPointer, extended: Bool = false) {
+        bytes.storeBigEndian(extended ? Magic.extendedRequest : Magic.request, at: 0)
+        bytes.storeBigEndian(flags.rawValue, at: 4)
+        bytes.storeBigEndian(command, at: 6)
+        bytes.storeBytes(of: cookie, toByteOffset: 8, as: UInt64.self)
+        bytes.storeBigEndian(offset, at: 16)
+        if extended {
+            bytes.storeBigEndian(length, at: 24)
+        } else {
+            bytes.storeBigEndian(UInt32(length), at: 24)
+        }
+    }
+
     /// The bytes that follow the header and must be taken off the stream whatever the answer is.
     /// A WRITE has them even where the extended header forgets to say so.
     @inlinable public func payloadLength(extended: Bool) -> UInt64 {

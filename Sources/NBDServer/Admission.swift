@@ -128,4 +128,6 @@ struct Arrival: Sendable {
     let peer: Peer
     let isReadOnly: Bool
     let session: Admission.Session
+    /// Nil: it has not been greeted.
+    var carried: CarriedConnection?
 }

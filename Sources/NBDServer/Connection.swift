@@ -11,6 +11,7 @@
 // received is decrypted as far as there is room for it, messages are encrypted before they are
 // sent. When the kernel does the encrypting, the session is gone and only the goodbye is special.
 
+import FoundationEssentials
 import Glibc
 import NBDProtocol
 import ThinPool
@@ -74,6 +75,11 @@ package final class Connection {
     private(set) var identity = TLSIdentity.none
 
     package private(set) var transmission: Transmission?
+    /// Received by another server, and not taken yet.
+    private var carriedInput: ArraySlice<UInt8> = []
+    private var isPaused = false
+    /// Its socket is another server's now.
+    var isCarried = false
     /// The export's name, once there is one.
     private(set) var exportName: String?
     /// The export that it has chosen is busy; `resume` asks again.
@@ -222,6 +228,7 @@ package final class Connection {
         if phase == .transmission {
             transmission!.resume(sink)
             lookAtTransmission()
+            if !carriedInput.isEmpty { takeCarriedInput(sink) }
         }
     }
 
@@ -232,6 +239,7 @@ package final class Connection {
         } else if phase == .transmission {
             transmission!.resume(sink)
             lookAtTransmission()
+            if !carriedInput.isEmpty { takeCarriedInput(sink) }
         }
         if let tls { decrypt(tls, sink) }
     }
@@ -243,6 +251,66 @@ package final class Connection {
         hasFence = false
         volume!.removeFence()
         return true
+    }
+
+    // MARK: - To another server and from another
+
+    /// The server gives its place to another: what was begun is answered, and if the client can be
+    /// carried over, nothing more is taken from it.
+    package func pause() {
+        // The keys of TLS are in this process's memory.
+        guard phase == .transmission && tls == nil else { return stop() }
+        transmission!.pause()
+        isPaused = true
+    }
+
+    /// What was to be received is left in the socket.
+    package func receivingCancelled(_ sink: some RequestSink) {
+        transmission?.received(0, sink)
+    }
+
+    /// Nothing is under way any more.
+    package var canBeCarried: Bool {
+        isPaused && phase == .transmission && !isReceiving && !isSending
+            && transmission!.inFlight == 0 && !transmission!.hasReplies
+    }
+
+    /// The connection as another server can go on with it; nil: it has to end.
+    func carried() -> CarriedConnection? {
+        guard let input = transmission!.carriedInput() else { return nil }
+        return CarriedConnection(
+            socket: socket, exportName: exportName!, format: transmission!.format,
+            contexts: exports.contexts.selected, tls: usesKernelTLS ? tlsSummary : nil,
+            input: Data(input + carriedInput))
+    }
+
+    /// The socket comes from another server, in the middle of its transmission.
+    func begin(with carried: CarriedConnection, _ sink: some RequestSink) {
+        guard case .opened(let export) = exports.open(carried.exportName, contexts: carried.contexts)
+        else { return breakOff("export \(carried.exportName) cannot be opened again") }
+        if let summary = carried.tls {
+            tlsSummary = summary
+            kernelGoodbye = KernelTLS.Goodbye()
+        }
+        isAnnounced = true
+        carriedInput = [UInt8](carried.input)[...]
+        enterTransmission(
+            Agreement(export: export, format: carried.format, contexts: carried.contexts), sink)
+        takeCarriedInput(sink)
+    }
+
+    /// Takes what the other server had received, as far as there is room; it comes before what is in
+    /// the socket.
+    private func takeCarriedInput(_ sink: some RequestSink) {
+        while phase == .transmission, !carriedInput.isEmpty,
+            let space = transmission!.receiveSpace()
+        {
+            let count = min(space.count, carriedInput.count)
+            space.copyBytes(from: carriedInput.prefix(count))
+            carriedInput = carriedInput.dropFirst(count)
+            transmission!.received(count, sink)
+            lookAtTransmission()
+        }
     }
 
     /// The server stops: requests in flight are still answered.
@@ -286,7 +354,7 @@ package final class Connection {
             return UnsafeMutableRawBufferPointer(
                 rebasing: greetingInput[greetingEnd...])
         case .transmission:
-            return transmission!.receiveSpace()
+            return carriedInput.isEmpty ? transmission!.receiveSpace() : nil
         case .draining, .closed:
             return nil
         }

@@ -2,8 +2,8 @@
 
 import Glibc
 
-struct Listener: Sendable {
-    enum Kind: Sendable {
+struct Listener: Codable, Sendable {
+    enum Kind: Codable, Sendable {
         /// Path, and identity of what was bound there.
         case unix(path: String, device: dev_t, inode: ino_t)
         case tcp

@@ -19,6 +19,7 @@ final class Mailbox: Sendable {
     var descriptor: Int32 { event.fileDescriptor }
     private let isNudged = Atomic<Bool>(false)
     private let stops = Atomic<Bool>(false)
+    private let carries = Atomic<Bool>(false)
     private let contents = Mutex(Contents())
 
     init() throws(ServerError) {
@@ -41,6 +42,10 @@ final class Mailbox: Sendable {
     }
 
     var shouldStop: Bool { stops.load(ordering: .acquiring) }
+
+    /// The sockets are to stay open for the next server. Said before `stop`.
+    var shouldCarry: Bool { carries.load(ordering: .acquiring) }
+    func carry() { carries.store(true, ordering: .releasing) }
 
     func stop() {
         stops.store(true, ordering: .releasing)

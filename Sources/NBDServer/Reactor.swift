@@ -144,6 +144,7 @@ final class Reactor {
     func run() {
         queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
         if number == 0, let socket = shared.configuration.connectedSocket { welcomeFirst(socket) }
+        if number == 0, let inherited = shared.configuration.inherited { welcome(inherited) }
         for index in doors.indices { accept(index) }
         do throws(DeviceError) {
             while !isFinished { try turn() }
@@ -158,7 +159,7 @@ final class Reactor {
             }
             for door in doors where door.isOpen { door.listener.close() }
         }
-        for arrival in mailbox.close() { dismiss(arrival.socket, arrival.session) }
+        for arrival in mailbox.close() { turnAway(arrival) }
     }
 
     /// The server does not start after all. Nothing has been begun.
@@ -257,6 +258,7 @@ final class Reactor {
         case .wake: wake()
         case .tick: ticked()
         case .accept: acceptEnded(completion.result, by: tag.index)
+        case .cancel: break
         case .acceptPause:
             doors[tag.index].isPausing = false
             accept(tag.index)
@@ -265,6 +267,7 @@ final class Reactor {
     }
 
     private func received(_ result: Int32, by connection: Connection) {
+        if result == -ECANCELED { return connection.receivingCancelled(engine) }
         guard connection.usesKernelTLS && result < 0 else {
             return connection.received(result, engine)
         }
@@ -332,9 +335,10 @@ final class Reactor {
             leave(session, of: connection)
         }
         if connection.isDrained { connection.breakOff(nil) }
+        if connection.canBeCarried { carry(connection) }
         report(connection)
         if connection.phase == .closed {
-            if !connection.isShutDown {
+            if !connection.isShutDown && !connection.isCarried {
                 connection.isShutDown = true
                 shutdown(connection.socket, Int32(SHUT_RDWR))
             }
@@ -429,7 +433,18 @@ final class Reactor {
         connections[connection.index] = nil
         freeIndices.append(connection.index)
         connectionCount -= 1
-        dismiss(connection.socket, connection.session!)
+        if connection.isCarried {
+            shared.admission.forget(connection.session!)
+        } else {
+            dismiss(connection.socket, connection.session!)
+        }
+    }
+
+    /// The server stops, or has no place: an accepted socket is not served here.
+    private func turnAway(_ arrival: Arrival) {
+        guard mailbox.shouldCarry else { return dismiss(arrival.socket, arrival.session) }
+        shared.admission.forget(arrival.session)
+        shared.carried.withLock { $0.arrivals.append(arrival.socket) }
     }
 
     /// Closes an accepted socket.
@@ -441,7 +456,7 @@ final class Reactor {
 
     private func adopt(_ arrival: Arrival) {
         guard stopDeadline == nil, let index = freeIndices.popLast() else {
-            dismiss(arrival.socket, arrival.session)
+            turnAway(arrival)
             return
         }
         generation = (generation + 1) & 0xFF_FFFF
@@ -457,7 +472,11 @@ final class Reactor {
         connections[index] = connection
         connectionCount += 1
         logger.debug("accepted", metadata: ["peer": "\(connection.peer)"])
-        connection.begin(engine)
+        if let carried = arrival.carried {
+            connection.begin(with: carried, engine)
+        } else {
+            connection.begin(engine)
+        }
         mark(connection)
     }
 
@@ -528,11 +547,12 @@ final class Reactor {
         return nextReactor
     }
 
-    private func welcome(_ socket: Int32) {
-        guard let arrival = admit(socket, to: takeReactor()) else {
+    private func welcome(_ socket: Int32, _ carried: CarriedConnection? = nil) {
+        guard var arrival = admit(socket, to: takeReactor()) else {
             close(socket)
             return
         }
+        arrival.carried = carried
         let target = arrival.session.reactor
         if target == number {
             adopt(arrival)
@@ -551,6 +571,15 @@ final class Reactor {
         firstSession = arrival.session
         engine.beginTurn()
         adopt(arrival)
+        engine.endTurn()
+        settleMarked()
+    }
+
+    /// Clients of the server that was here before.
+    private func welcome(_ inherited: HandOver) {
+        engine.beginTurn()
+        for carried in inherited.connections { welcome(carried.socket, carried) }
+        for socket in inherited.arrivals { welcome(socket) }
         engine.endTurn()
         settleMarked()
     }
@@ -580,7 +609,12 @@ final class Reactor {
     private func closeDoor(_ index: Int) {
         guard doors[index].isOpen else { return }
         doors[index].isOpen = false
-        doors[index].listener.close()
+        let listener = doors[index].listener
+        if mailbox.shouldCarry {
+            shared.carried.withLock { $0.listeners.append(listener) }
+        } else {
+            listener.close()
+        }
     }
 
     // MARK: - Time
@@ -685,15 +719,40 @@ final class Reactor {
         for index in doors.indices where doors[index].isOpen {
             if doors[index].isPausing || doors[index].listener.isInherited {
                 closeDoor(index)
+            } else if mailbox.shouldCarry {
+                cancel(doors[index].listener.descriptor, Tag(.accept, index: index))
             } else {
                 shutdown(doors[index].listener.descriptor, Int32(SHUT_RDWR))
             }
         }
         for index in 0..<capacity {
             guard let connection = connections[index] else { continue }
-            connection.stop()
+            if mailbox.shouldCarry { pause(connection) } else { connection.stop() }
             mark(connection)
         }
+    }
+
+    // MARK: - Leaving connections to the next server
+
+    private func pause(_ connection: Connection) {
+        connection.pause()
+        if connection.isReceiving {
+            cancel(
+                connection.socket,
+                Tag(.receive, index: connection.index, generation: connection.generation))
+        }
+    }
+
+    private func cancel(_ descriptor: Int32, _ tag: Tag) {
+        queue.cancel(descriptor, target: tag.rawValue, tag: Tag(.cancel).rawValue)
+    }
+
+    private func carry(_ connection: Connection) {
+        if let carried = connection.carried() {
+            connection.isCarried = true
+            shared.carried.withLock { $0.connections.append(carried) }
+        }
+        connection.breakOff(nil)
     }
 }
 

@@ -31,6 +31,8 @@ public final class Server {
         public var connectedSocket: Int32?
         /// Called when that client has gone, on a thread of the server's.
         public var onConnectedEnd: @Sendable () -> Void = {}
+        /// What another server has left; then nothing is bound.
+        public var inherited: HandOver?
         /// Who is let in, and who may only read.
         public var rules: [AccessRule] = []
         /// Threads that serve.
@@ -98,7 +100,7 @@ public final class Server {
     /// - Returns: where clients find the server, as NBD URIs without an export's name.
     public func start() throws(ServerError) -> [String] {
         precondition(state == nil, "the server is started already")
-        let listeners = try bindListeners()
+        let listeners = try listeners()
         do throws(ServerError) {
             var mailboxes: [Mailbox] = []
             for _ in 0..<configuration.reactors { mailboxes.append(try Mailbox()) }
@@ -132,7 +134,16 @@ public final class Server {
         self.state = nil
     }
 
-    private func bindListeners() throws(ServerError) -> [Listener] {
+    /// Stops serving, and leaves listeners and connections to the next server.
+    public func handOver() -> HandOver {
+        guard let state else { return HandOver() }
+        for mailbox in state.mailboxes { mailbox.carry() }
+        stop()
+        return state.carried.withLock { $0 }
+    }
+
+    private func listeners() throws(ServerError) -> [Listener] {
+        if let inherited = configuration.inherited { return inherited.listeners }
         var listeners: [Listener] = []
         do throws(ServerError) {
             for path in configuration.unixPaths {
@@ -178,6 +189,8 @@ final class ServerState: Sendable {
     let startup = Startup()
     let admission: Admission
     let strangers = LogThrottle()
+    /// What the reactors leave to the next server.
+    let carried = Mutex(HandOver())
 
     init(
         pool: Pool, configuration: Server.Configuration, logger: Logger, mailboxes: [Mailbox]

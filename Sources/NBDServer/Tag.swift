@@ -17,6 +17,8 @@ struct Tag {
         /// Index: the connection's.
         case receive = 5
         case send = 6
+        /// Ends a receive or an accept.
+        case cancel = 7
     }
 
     static let engineBit: UInt64 = 1 << 63

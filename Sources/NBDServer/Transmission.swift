@@ -79,6 +79,8 @@ package final class Transmission {
     /// Requests are still being taken.
     private(set) var isReading = true
     private var isStalled = false
+    /// What arrives is kept for the next server.
+    private var isPaused = false
 
     /// The request whose payload is being received, and how long that is.
     private var partial = Transmission.noSlot
@@ -156,11 +158,11 @@ package final class Transmission {
     // MARK: - Receiving
 
     /// `receiveSpace` has room.
-    var wantsInput: Bool { isReading && !isStalled }
+    var wantsInput: Bool { isReading && !isStalled && !isPaused }
 
     /// Where the next bytes go; nil: none are wanted now.
     func receiveSpace() -> UnsafeMutableRawBufferPointer? {
-        guard isReading && !isStalled else { return nil }
+        guard wantsInput else { return nil }
         if partial != Self.noSlot {
             let missing = partialLength - partialFilled
             if missing >= Self.inPlaceMinimum || expectsLongWrite {
@@ -191,7 +193,7 @@ package final class Transmission {
                 return
             }
             partialFilled += count
-            if partialFilled == partialLength { submitPartial(sink) }
+            if partialFilled == partialLength && !isPaused { submitPartial(sink) }
         } else {
             guard isReading else { return }
             inputEnd += count
@@ -206,9 +208,33 @@ package final class Transmission {
         received(bytes.count, sink)
     }
 
+    /// Begins no more requests; what has arrived of the next ones can be carried to another server
+    /// when all that were begun are answered.
+    func pause() {
+        isPaused = true
+        buffers.stopWaiting(owner)
+    }
+
+    /// Everything that has arrived and was not acted on, as it arrived; nil: it cannot be told any
+    /// more, because a part of it has been thrown away.
+    func carriedInput() -> [UInt8]? {
+        precondition(isPaused && isReading && inFlight == 0 && replies.isEmpty && !receivingInPlace)
+        guard discardedSlot == Self.noSlot else { return nil }
+        var bytes: [UInt8] = []
+        if partial != Self.noSlot {
+            bytes = [UInt8](repeating: 0, count: headerSize)
+            bytes.withUnsafeMutableBytes {
+                partialHeader.write(to: $0.baseAddress!, extended: format == .extended)
+            }
+            bytes += UnsafeRawBufferPointer(
+                start: slots[Int(partial)].payload!, count: partialFilled)
+        }
+        return bytes + UnsafeRawBufferPointer(start: input + inputStart, count: inputEnd - inputStart)
+    }
+
     /// Goes on parsing, if it had to stop for want of a slot or of memory.
     func resume(_ sink: some RequestSink) {
-        guard isStalled else { return }
+        guard isStalled && !isPaused else { return }
         isStalled = false
         parse(sink)
     }
@@ -234,7 +260,7 @@ package final class Transmission {
     var holdsPayload: Bool { payloadBytes > 0 }
 
     private func parse(_ sink: some RequestSink) {
-        while isReading {
+        while isReading && !isPaused {
             if partial != Self.noSlot {
                 guard fillPartial(sink) else { break }
             } else if discarding > 0 {

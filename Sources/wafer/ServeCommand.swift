@@ -14,8 +14,8 @@ struct ServeCommand: ParsableCommand {
         abstract: "Serve every volume of a pool as the NBD export of its name.",
         discussion: """
             Without --unix, --listen, --stdio and sockets from systemd the socket is nbd.sock in the \
-            pool's directory. SIGTERM or SIGINT: answer what was begun, commit, end. The same once \
-            more: end at once.
+            pool's directory. SIGTERM, SIGINT or SIGHUP: answer what was begun, commit, end. The same \
+            once more: end at once. SIGUSR2: restart in place, keeping all clients.
 
             Of --allow, --allow-read-only and --deny the first whose rule fits a client decides. A \
             client that none fits may connect, unless there is an --allow or --allow-read-only. \
@@ -32,6 +32,11 @@ struct ServeCommand: ParsableCommand {
     var reactors: Int?
     @Flag(help: "Change nothing, neither volumes nor metadata.")
     var readOnly = false
+    @Option(
+        help: ArgumentHelp(
+            "What clients get that name no export (default: the only volume, if it is one).",
+            valueName: "name"))
+    var defaultExport: String?
     @Option(help: ArgumentHelp("Keep the process id in this file.", valueName: "path"))
     var pidFile: String?
     @Option(
@@ -80,13 +85,16 @@ struct ServeCommand: ParsableCommand {
             return handler
         }
         let logger = Logger(label: "wafer")
+        let successor = Successor()
         let manager = ServiceManager()
         func tell(_ message: ServiceManager.Message) {
             if let problem = manager.tell(message) {
                 logger.warning("the service manager was not told \(message.rawValue): \(problem)")
             }
         }
-        let server = try PoolServer(pool.path, try options(), logger: logger)
+        var options = try options()
+        options.inherited = try Successor.inherited()
+        let server = try PoolServer(pool.path, options, logger: logger)
         let uris = try server.start()
         do {
             if let pidFile { try Self.writeProcessID(to: pidFile) }
@@ -94,12 +102,27 @@ struct ServeCommand: ParsableCommand {
             try? server.stop()
             throw error
         }
-        for uri in uris { print("listening on \(uri)") }
-        fflush(nil)
+        if let inherited = options.inherited {
+            logger.info("took over", metadata: ["clients": "\(inherited.connectionCount)"])
+        } else {
+            for uri in uris { print("listening on \(uri)") }
+            fflush(nil)
+        }
         tell(.ready)
 
         var signal: Int32 = 0
-        while sigwait(&signals, &signal) != 0 {}
+        while sigwait(&signals, &signal) != 0 || signal == Self.restart {
+            guard signal == Self.restart else { continue }
+            if let problem = listening.stdio ? "there is only one client" : successor.check() {
+                logger.error("SIGUSR2: no restart: \(problem)")
+                continue
+            }
+            logger.info("SIGUSR2: restarting in place")
+            tell(.reloading)
+            let handOver = try server.handOver()
+            manager.stayInEnvironment()
+            throw successor.takeOver(handOver)
+        }
         logger.info("\(Self.reason(signal)): stopping")
         tell(.stopping)
         Self.endAtNextSignal(&signals)
@@ -118,6 +141,7 @@ struct ServeCommand: ParsableCommand {
         options.reactors = reactors ?? min(max(processors, 1), Self.defaultMaxReactors)
         options.io = io
         options.tls = tls.options
+        options.defaultExport = defaultExport
         options.pool.readOnly = readOnly
         if let cacheSize { options.setCache(bytes: Int(cacheSize.bytes)) }
         options.pool.commitInterval = UInt64(commitInterval * 1e9)
@@ -135,10 +159,13 @@ struct ServeCommand: ParsableCommand {
 
     /// The server's word to the main thread that the client of --stdio has gone.
     private static let lastClientGone = SIGUSR1
+    /// Another process of the same program takes over, with all clients.
+    private static let restart = SIGUSR2
 
     private static func reason(_ signal: Int32) -> String {
         switch signal {
         case SIGINT: "SIGINT"
+        case SIGHUP: "SIGHUP"
         case lastClientGone: "the client has gone"
         default: "SIGTERM"
         }
@@ -150,6 +177,8 @@ struct ServeCommand: ParsableCommand {
         sigemptyset(&signals)
         sigaddset(&signals, SIGTERM)
         sigaddset(&signals, SIGINT)
+        sigaddset(&signals, SIGHUP)
+        sigaddset(&signals, restart)
         if isStandardSocket { sigaddset(&signals, lastClientGone) }
         pthread_sigmask(SIG_BLOCK, &signals, nil)
         return signals
@@ -157,8 +186,9 @@ struct ServeCommand: ParsableCommand {
 
     /// Whoever asks twice does not want to wait: what is not committed is lost, as by a power cut.
     private static func endAtNextSignal(_ signals: inout sigset_t) {
-        for number in [SIGTERM, SIGINT] { Glibc.signal(number) { _ in _exit(1) } }
+        for number in [SIGTERM, SIGINT, SIGHUP] { Glibc.signal(number) { _ in _exit(1) } }
         sigdelset(&signals, lastClientGone)
+        sigdelset(&signals, restart)
         pthread_sigmask(SIG_UNBLOCK, &signals, nil)
     }
 

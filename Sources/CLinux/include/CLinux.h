@@ -88,6 +88,8 @@ int clinux_set_io_flusher(void);
 int clinux_lock_memory(void);
 /// Names the calling thread, for tools that list threads; at most 15 bytes count.
 void clinux_name_thread(const char *name);
+/// memfd_create: an empty file in memory, open across exec.
+int clinux_memory_file(const char *name);
 /// mremap, moving where it must: the new place, or NULL with errno.
 void *clinux_remap(void *memory, size_t old_length, size_t new_length);
 
@@ -123,6 +125,8 @@ bool clinux_ring_receive(
 bool clinux_ring_send(struct clinux_ring *ring, int fd, const void *message, uint64_t tag);
 bool clinux_ring_poll(struct clinux_ring *ring, int fd, uint64_t tag);
 bool clinux_ring_timeout(struct clinux_ring *ring, uint64_t nanoseconds, uint64_t tag);
+/// Ends the operation whose tag is `target`, if it still waits.
+bool clinux_ring_cancel(struct clinux_ring *ring, uint64_t target, uint64_t tag);
 
 /// Submits; entries submitted.
 int clinux_ring_submit(struct clinux_ring *ring);
