@@ -277,7 +277,8 @@ package final class Connection {
 
     /// The connection as another server can go on with it; nil: it has to end.
     func carried() -> CarriedConnection? {
-        guard let input = transmission!.carriedInput() else { return nil }
+        guard transmission!.canBeCarried else { return nil }
+        let input = transmission!.carriedInput()
         return CarriedConnection(
             socket: socket, exportName: exportName!, format: transmission!.format,
             contexts: exports.contexts.selected, tls: usesKernelTLS ? tlsSummary : nil,

@@ -215,11 +215,14 @@ package final class Transmission {
         buffers.stopWaiting(owner)
     }
 
-    /// Everything that has arrived and was not acted on, as it arrived; nil: it cannot be told any
-    /// more, because a part of it has been thrown away.
-    func carriedInput() -> [UInt8]? {
+    /// Nothing of what has arrived has been thrown away.
+    var canBeCarried: Bool { discardedSlot == Self.noSlot }
+
+    /// Everything that has arrived and was not acted on, as it arrived.
+    /// - Precondition: `canBeCarried`.
+    func carriedInput() -> [UInt8] {
         precondition(isPaused && isReading && inFlight == 0 && replies.isEmpty && !receivingInPlace)
-        guard discardedSlot == Self.noSlot else { return nil }
+        precondition(canBeCarried, "what was thrown away cannot be told")
         var bytes: [UInt8] = []
         if partial != Self.noSlot {
             bytes = [UInt8](repeating: 0, count: headerSize)

@@ -207,8 +207,30 @@ final class TestSink: RequestSink {
     /// The heart of it: random requests, good and bad, against a model.
     @Test(arguments: 0..<12 as Range<UInt64>, [WireFormat.simple, .structured, .extended])
     func randomStreams(seed: UInt64, format: WireFormat) throws {
+        try randomStream(seed, format, handsOver: false)
+    }
+
+    /// Now and then another server goes on with the connection.
+    @Test(arguments: 0..<12 as Range<UInt64>, [WireFormat.simple, .structured, .extended])
+    func randomStreamsOverSeveralServers(seed: UInt64, format: WireFormat) throws {
+        try randomStream(seed ^ 0x0DDC_0FFE, format, handsOver: true)
+    }
+
+    /// What another transmission can go on with.
+    private func carry(_ transmission: Transmission, _ sink: TestSink, _ output: inout [UInt8])
+        -> [UInt8]
+    {
+        transmission.pause()
+        // The kernel has filled nothing of what it was given.
+        transmission.received(0, sink)
+        finishAll(transmission, sink)
+        output += drain(transmission, sink)
+        return transmission.carriedInput()
+    }
+
+    private func randomStream(_ seed: UInt64, _ format: WireFormat, handsOver: Bool) throws {
         var random = SplitMix(state: seed)
-        let transmission = makeTransmission(format)
+        var transmission = makeTransmission(format)
         let sink = TestSink(size: Self.size)
         var model = [UInt8](repeating: 0, count: Self.size)
         var stream: [UInt8] = []
@@ -265,7 +287,19 @@ final class TestSink: RequestSink {
         // Random pieces in, random order of completion, random pieces out.
         var position = 0
         var output: [UInt8] = []
+        var handedOver = 0
         while position < stream.count || !sink.waiting.isEmpty || transmission.hasReplies {
+            if handsOver, transmission.canBeCarried, Int.random(in: 0..<20, using: &random) == 0 {
+                let input = carry(transmission, sink, &output)
+                transmission.breakOff(isSending: false)
+                #expect(transmission.occupied == 0)
+                transmission = makeTransmission(format)
+                // What it had received is received again, and no more than that.
+                stream.replaceSubrange(position - input.count..<position, with: input)
+                position -= input.count
+                handedOver += 1
+                continue
+            }
             switch Int.random(in: 0..<3, using: &random) {
             case 0:
                 let limit = [1, 7, 28, 100, 5000, 200_000].randomElement(using: &random)!
@@ -299,6 +333,7 @@ final class TestSink: RequestSink {
             #expect(answer.error == wanted.error && answer.data == wanted.data, "seed \(seed)")
             #expect(answer.text.isEmpty == (answer.error == 0 || format == .simple))
         }
+        #expect((handedOver > 0) == handsOver)
         let holes = replies.answers.values.reduce(0) { $0 + $1.holes }
         #expect((holes > 0) == (format != .simple))
     }

@@ -1,0 +1,99 @@
+// The server restarts in place: SIGUSR2. Its clients go on as if nothing had happened.
+
+import CLibNBD
+import Foundation
+import Synchronization
+import Testing
+
+@Suite struct RestartTests {
+    /// Waits until the server has taken over from itself for the `count`-th time.
+    private func restart(_ server: Server, _ count: Int) throws {
+        server.program.signal(SIGUSR2)
+        let happened = eventually(within: 30) {
+            server.program.error.components(separatedBy: "took over").count > count
+        }
+        guard happened else { throw Failure("nobody took over: \(server.program.error)") }
+    }
+
+    @Test(arguments: Engine.allCases) func clientsGoOn(engine: Engine) throws {
+        let pool = try TestPool(volumes: [("vol", 64 * mebibyte)])
+        let server = try Server(pool, engine: engine)
+        let unix = try Client(server, "vol")
+        let tcp = try Client(server, "vol", via: .tcp)
+        for round in 1...3 {
+            let offset = UInt64(round) * mebibyte
+            let data = pattern(UInt64(round), offset, 1 << 20)
+            try unix.write(offset, data)
+            try restart(server, round)
+            #expect(try tcp.read(offset, 1 << 20) == data)
+            try tcp.flush()
+        }
+        // New ones are let in, too; and the process is the same.
+        #expect(try Client(server, "vol").read(0, 512).allSatisfy { $0 == 0 })
+        #expect(server.program.isRunning)
+        try server.stop()
+        #expect(!FileManager.default.fileExists(atPath: server.unixPath))
+    }
+
+    /// The kernel's buffers, the server's, and a write that has half arrived.
+    @Test(arguments: Engine.allCases) func halfARequestGoesAlong(engine: Engine) throws {
+        let pool = try TestPool(volumes: [("vol", 64 * mebibyte)])
+        let server = try Server(pool, engine: engine)
+        for (round, cut) in [10, 28, 29, 4000, 70_000, 1 << 20].enumerated() {
+            let client = try RawClient(server, "vol")
+            let data = pattern(UInt64(round), 0, 2 << 20)
+            let request =
+                bigEndianBytes(RawClient.requestMagic) + bigEndianBytes(UInt16(0))
+                + bigEndianBytes(RawClient.write) + bigEndianBytes(UInt64(7))
+                + bigEndianBytes(UInt64(0)) + bigEndianBytes(UInt32(data.count)) + data
+            try client.send(Array(request.prefix(cut)))
+            try restart(server, round + 1)
+            try client.send(Array(request.dropFirst(cut)))
+            let reply = try client.receive(16)
+            #expect(RawClient.word(reply[4..<8]) == 0 && RawClient.word(reply[8..<16]) == 7)
+            #expect(try Client(server, "vol").read(0, 2 << 20) == data)
+        }
+        try server.stop()
+    }
+
+    /// Whoever connects while nobody accepts waits; only a handshake under way is broken off.
+    @Test func nobodyIsTurnedAway() throws {
+        let pool = try TestPool(volumes: [("vol", 8 * mebibyte)])
+        let server = try Server(pool)
+        let isOver = Mutex(false)
+        let restarts = 5
+        let workers = Workers(3) { _ in
+            var failures = 0
+            while !isOver.withLock({ $0 }) {
+                do { _ = try Client(server, "vol").read(0, 512) } catch { failures += 1 }
+            }
+            guard failures <= restarts else { throw Failure("\(failures) clients failed") }
+        }
+        for round in 1...restarts { try restart(server, round) }
+        isOver.withLock { $0 = true }
+        try workers.join()
+        #expect(try Client(server, "vol").read(0, 512).count == 512)
+        try server.stop()
+    }
+
+    @Test func aProgramThatDoesNotRunTakesNothingOver() throws {
+        let pool = try TestPool(volumes: [("vol", 8 * mebibyte)])
+        let copy = pool.scratch.file("wafer")
+        // By another process: no child of this one inherits the file while it is being written.
+        #expect(try Program.run("cp", [Program.wafer, copy], in: pool.scratch).status == 0)
+        let path = pool.scratch.newFile("sock")
+        let program = try Program(copy, ["serve", pool.path, "--unix", path], in: pool.scratch)
+        try #require(eventually(within: 30) { program.output.contains("listening") })
+        let client = try Client()
+        try client.check(nbd_connect_uri(client.handle, "nbd+unix:///vol?socket=\(path)"))
+        // As a package manager does it: another file under the same name.
+        try FileManager.default.removeItem(atPath: copy)
+        try "#!/bin/false\n".write(toFile: copy, atomically: true, encoding: .utf8)
+        chmod(copy, 0o755)
+        program.signal(SIGUSR2)
+        #expect(eventually(within: 30) { program.error.contains("no restart") })
+        #expect(try client.read(0, 512).count == 512)
+        program.signal(SIGTERM)
+        #expect(program.wait(seconds: 30).status == 0)
+    }
+}
