@@ -1,6 +1,7 @@
 // The data device as one reactor's engine sees it: operations go through the reactor's queue, but
 // for a file in memory, whose I/O is a copy that nobody need wait for: done at once, it costs no
-// completion (and the kernel's queue would give it to a thread of its own).
+// completion (and the kernel's queue would give it to a thread of its own). A long one is done in
+// pieces, between which the engine lets others have theirs.
 //
 // Zeroing is one call where the file system has it, else pieces of zeroes are written.
 
@@ -25,6 +26,8 @@ final class QueueDataIO: DataIO {
 
     /// One I/O of a zeroing by writing.
     static let pieceSize = 1 << 20
+    /// What is copied at once where I/O is a copy: some 15 µs.
+    private static let copySize = 128 << 10
     /// Zeroings at once; more wait. Zeroing is rare, and each may be 4 GiB.
     private static let zeroingCount = 64
 
@@ -53,7 +56,9 @@ final class QueueDataIO: DataIO {
     func read(
         at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int, tag: UInt64
     ) -> Int32? {
-        if isInMemory { return FileIO.read(fd, at: offset, into: memory, length: length) }
+        if isInMemory {
+            return FileIO.read(fd, at: offset, into: memory, length: min(length, Self.copySize))
+        }
         queue.read(fd, at: offset, into: memory, length: length, tag: tag | Tag.engineBit)
         return nil
     }
@@ -62,7 +67,13 @@ final class QueueDataIO: DataIO {
         at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
     ) -> Int32? {
         // Nothing in memory survives a power cut, so nothing can be made to.
-        if isInMemory { return FileIO.write(fd, at: offset, vectors: vectors, count: count) }
+        if isInMemory {
+            guard vectors[0].iov_len > Self.copySize else {
+                return FileIO.write(fd, at: offset, vectors: vectors, count: count)
+            }
+            var first = iovec(iov_base: vectors[0].iov_base, iov_len: Self.copySize)
+            return FileIO.write(fd, at: offset, vectors: &first, count: 1)
+        }
         queue.write(
             fd, at: offset, vectors: vectors, count: count, durable: durable,
             tag: tag | Tag.engineBit)

@@ -5,6 +5,8 @@
 // 2. The bytes of a reply follow each other in one batch.
 // 3. Each reply in a batch is a slot of the connection, in order; its memory lives until the last
 //    of its bytes has been sent.
+// 4. A message has a bounded length, whatever is there to send: a reader that keeps up with the
+//    copying would otherwise keep the reactor at it for as long as that lasts.
 
 import Glibc
 
@@ -19,6 +21,8 @@ private struct Batch {
     var firstVector = 0
     /// The last vector is a run of headers, which the next header extends.
     var endsWithHeader = false
+    /// Bytes of all vectors that have not been sent.
+    var unsent = 0
 
     init(headerCapacity: Int, vectorCapacity: Int) {
         headers = .allocate(byteCount: headerCapacity, alignment: 16)
@@ -31,6 +35,7 @@ private struct Batch {
         vectors[vectorCount] = iovec(iov_base: memory, iov_len: length)
         vectorCount += 1
         endsWithHeader = false
+        unsent += length
     }
 
     /// Only replies of many pieces come here.
@@ -47,6 +52,7 @@ private struct Batch {
         vectorCount = 0
         firstVector = 0
         endsWithHeader = false
+        unsent = 0
     }
 }
 
@@ -54,12 +60,16 @@ struct ReplyQueue: ~Copyable {
     private var filling: Batch
     private var sending: Batch
     private let message: UnsafeMutablePointer<msghdr>
+    /// The vectors of a message that ends within a long one.
+    private let cut: UnsafeMutablePointer<iovec>
     private let headerCapacity: Int
 
     /// The longest header that `appendHeader` has room for.
     static let longestHeader = 40
     /// Linux takes no more vectors at once (UIO_MAXIOV).
     private static let mostVectors = 1024
+    /// What fits into a Unix socket at once, and takes less than 100 µs to copy.
+    static let longestMessage = 512 << 10
 
     init(capacity: Int) {
         headerCapacity = capacity * Self.longestHeader
@@ -67,6 +77,8 @@ struct ReplyQueue: ~Copyable {
         sending = Batch(headerCapacity: headerCapacity, vectorCapacity: capacity * 2)
         message = .allocate(capacity: 1)
         message.initialize(to: msghdr())
+        cut = .allocate(capacity: 2)
+        cut.initialize(repeating: iovec(), count: 2)
     }
 
     deinit {
@@ -75,6 +87,7 @@ struct ReplyQueue: ~Copyable {
         sending.headers.deallocate()
         sending.vectors.deallocate()
         message.deallocate()
+        cut.deallocate()
     }
 
     var isEmpty: Bool { filling.vectorCount == 0 && sending.vectorCount == 0 }
@@ -88,6 +101,7 @@ struct ReplyQueue: ~Copyable {
         // Headers without payload are neighbours in memory: one vector for a run of them.
         if filling.endsWithHeader {
             filling.vectors[filling.vectorCount - 1].iov_len += size
+            filling.unsent += size
         } else {
             filling.append(header, size)
             filling.endsWithHeader = true
@@ -110,7 +124,27 @@ struct ReplyQueue: ~Copyable {
         message.pointee.msg_iov = sending.vectors + sending.firstVector
         message.pointee.msg_iovlen = min(
             sending.vectorCount - sending.firstVector, Self.mostVectors)
+        if sending.unsent > Self.longestMessage { shorten() }
         return UnsafePointer(message)
+    }
+
+    /// Leaves of the message what is not too long: whole vectors, or a part of the first or, so
+    /// that its header does not leave alone, of the second.
+    private func shorten() {
+        let vectors = message.pointee.msg_iov!
+        var room = Self.longestMessage
+        var count = 0
+        while count < message.pointee.msg_iovlen, vectors[count].iov_len <= room {
+            room -= vectors[count].iov_len
+            count += 1
+        }
+        if count < 2, room > 0 {
+            cut.update(from: vectors, count: count + 1)
+            cut[count].iov_len = room
+            message.pointee.msg_iov = cut
+            count += 1
+        }
+        message.pointee.msg_iovlen = count
     }
 
     /// `count` bytes of the message have been sent.
@@ -123,6 +157,7 @@ struct ReplyQueue: ~Copyable {
             vector.pointee.iov_base += part
             vector.pointee.iov_len -= part
             count -= part
+            sending.unsent -= part
             if vector.pointee.iov_len == 0 { sending.firstVector += 1 }
         }
         if sending.firstVector == sending.vectorCount { sending.clear() }

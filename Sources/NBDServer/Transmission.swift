@@ -34,6 +34,9 @@ package final class Transmission {
     /// copy costs less than another receive. A long one always is: what is behind it is probably
     /// another long one, which would be received into the input, and copied.
     private static let inPlaceMinimum = 16 << 10
+    /// One receive of a payload, so that a client that keeps up with the copying does not keep the
+    /// reactor at it.
+    private static let longestReceive = 512 << 10
     /// After a WRITE at least this long the next is expected to be like it: only its header is
     /// received, so that its payload need not be copied.
     private static let longWrite = 64 << 10
@@ -168,7 +171,8 @@ package final class Transmission {
             if missing >= Self.inPlaceMinimum || expectsLongWrite {
                 receivingInPlace = true
                 return UnsafeMutableRawBufferPointer(
-                    start: slots[Int(partial)].payload! + partialFilled, count: missing)
+                    start: slots[Int(partial)].payload! + partialFilled,
+                    count: min(missing, Self.longestReceive))
             }
         }
         // All that can be left is the beginning of a header.

@@ -9,6 +9,8 @@ struct Request: BitwiseCopyable {
     var noHole = false
     /// It changed bytes by other means than a durable write, so its FUA needs a flush.
     var needsFlush = false
+    /// It waits for its next share of a turn.
+    var isBehind = false
     var volume: Unmanaged<Volume>?
     /// Bytes: what has not been given to a step yet is `cursor..<end`.
     var offset: UInt64 = 0

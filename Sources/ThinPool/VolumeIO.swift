@@ -8,6 +8,8 @@
 // 2. A request is finished only after all of its steps; a FUA request and a flush only after what
 //    they cover is durable.
 // 3. The mapping of a filled block is inserted after its data has been written, never before.
+// 4. A turn copies and zeroes so many bytes on the spot, and one request does no more of that at a
+//    time than a piece before the others have theirs: nobody waits for somebody's 32 MiB.
 
 import BlockIO
 import Glibc
@@ -42,6 +44,10 @@ public final class VolumeIO: @unchecked Sendable {
     let askingAgain = IndexQueue()
     let filled = IndexQueue()
     let ready = IndexQueue()
+    /// Requests that have had their share of the turn.
+    private let behind = IndexQueue()
+    /// Bytes that this turn may still copy or zero on the spot.
+    private var bytesLeft = 0
     /// Requests that need a commit, and those that need a flush of the data device.
     private let committing = IndexQueue()
     private let flushNext = IndexQueue()
@@ -103,6 +109,7 @@ public final class VolumeIO: @unchecked Sendable {
         turnEpoch = pool.epochs.now
         pool.epochs.publish(reader, min(turnEpoch, pins.oldest))
         inTurn = true
+        bytesLeft = bounds.turnBytes
         while let step = askingAgain.popFirst() { asking.append(step) }
     }
 
@@ -141,13 +148,17 @@ public final class VolumeIO: @unchecked Sendable {
             {
                 underLock()
             }
-            while let step = ready.popFirst() { issue(step) }
+            while bytesLeft > 0, let request = behind.popFirst() {
+                requests[request].pointee.isBehind = false
+                advance(request)
+            }
+            while bytesLeft > 0, let step = ready.popFirst() { issue(step) }
             guard asking.isEmpty && filled.isEmpty && committing.isEmpty else { continue }
             startFlush()
             if !hasMail.load(ordering: .acquiring) { break }
         }
         inTurn = false
-        if !askingAgain.isEmpty { wake() }
+        if !askingAgain.isEmpty || !ready.isEmpty || !behind.isEmpty { wake() }
         pool.epochs.publish(reader, pins.oldest)
         // Ordered after the publication: either we see that somebody waits for a pin to go, or he
         // sees that ours is gone.
@@ -430,7 +441,10 @@ public final class VolumeIO: @unchecked Sendable {
         case .asks, .filled:
             preconditionFailure("no I/O belongs to this phase")
         }
-        if let result { complete(tag: tag, result: result) }
+        if let result {
+            bytesLeft -= Int(max(result, 0))
+            complete(tag: tag, result: result)
+        }
     }
 
     public func complete(tag: UInt64, result: Int32) {
@@ -455,7 +469,8 @@ public final class VolumeIO: @unchecked Sendable {
             step.pointee.remaining -= Int(result)
             if step.pointee.remaining > 0 {
                 step.pointee.advanceVectors(Int(result))
-                return issue(index)
+                ready.append(index)
+                return
             }
         }
         switch step.pointee.phase {
@@ -505,7 +520,9 @@ public final class VolumeIO: @unchecked Sendable {
         steps.give(index)
         let slot = requests[request]
         slot.pointee.pending -= 1
-        if slot.pointee.cursor < slot.pointee.end {
+        if slot.pointee.isBehind {
+            // It goes on from there.
+        } else if slot.pointee.cursor < slot.pointee.end {
             advance(request)
         } else if slot.pointee.pending == 0 {
             makeDurable(request)

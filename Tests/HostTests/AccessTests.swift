@@ -204,8 +204,10 @@ import Testing
             (["--unix-owner", ":"], "owner"), (["--max-connections", "0"], "--max-connections"),
             (["--max-connections-per-client", "-1"], "--max-connections-per-client"),
             (["--handshake-timeout", "0"], "--handshake-timeout"),
-            (["--idle-timeout", "-1"], "--idle-timeout"), (["--keepalive", "40000"], "--keepalive"),
-            (["--stdio", "--unix", "x"], "--stdio"), (["--stdio", "--listen", ":0"], "--stdio"),
+            (["--idle-timeout", "-1"], "--idle-timeout"),
+            (["--keepalive", "40000"], "--keepalive"),
+            (["--stdio", "--unix", "x"], "--stdio"),
+            (["--stdio", "--listen", ":0"], "--stdio"),
         ] {
             let outcome = try pool.wafer(["serve", pool.path] + options)
             #expect(outcome.status == 64 && outcome.error.contains(words), "\(options) \(outcome)")

@@ -173,8 +173,8 @@ import Testing
             Program.wafer, ["serve", pool.path], in: pool.scratch,
             environment: ["NOTIFY_SOCKET": name])
         #expect(message(notify) == "READY=1")
-        #expect(try Program.run("nbdinfo", ["--list", "nbd+unix:///?socket=\(pool.path)/nbd.sock"],
-            in: pool.scratch).status == 0)
+        let uri = "nbd+unix:///?socket=\(pool.path)/nbd.sock"
+        #expect(try Program.run("nbdinfo", ["--list", uri], in: pool.scratch).status == 0)
         server.signal(SIGTERM)
         #expect(message(notify) == "STOPPING=1")
         #expect(server.wait().status == 0)
