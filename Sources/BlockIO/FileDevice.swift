@@ -41,6 +41,8 @@ public final class FileDevice: BlockDevice, Sendable {
 
     /// A file whose contents are in memory only (tmpfs).
     public let isInMemory: Bool
+    /// It turns, or the file is on one that does; false where that is not known.
+    public let isRotational: Bool
 
     let descriptor: OwnedDescriptor
     /// The size when last asked for: spares a system call a transfer.
@@ -67,7 +69,7 @@ public final class FileDevice: BlockDevice, Sendable {
     ) throws(DeviceError) {
         let isBlockDevice = try Self.kindOf(path)
         let descriptor = try Self.openDescriptor(path, access, locking, isBlockDevice)
-        try Self.verify(descriptor.raw, path, isBlockDevice)
+        let status = try Self.verify(descriptor.raw, path, isBlockDevice)
         if locking == .exclusive {
             try Self.lock(descriptor.raw, path, isBlockDevice)
         }
@@ -91,6 +93,7 @@ public final class FileDevice: BlockDevice, Sendable {
         self.directRefusal = direct?.refusal
         self.memoryAlignment = direct?.memoryAlignment ?? 1
         self.isInMemory = !isBlockDevice && clinux_is_in_memory(descriptor.raw)
+        self.isRotational = Rotation.isRotational(status, isBlockDevice: isBlockDevice)
         self.knownSize = Atomic(size)
         self.descriptor = descriptor
     }
@@ -134,7 +137,7 @@ public final class FileDevice: BlockDevice, Sendable {
     /// What was opened is what was looked at.
     private static func verify(
         _ descriptor: Int32, _ path: String, _ wasBlockDevice: Bool
-    ) throws(DeviceError) {
+    ) throws(DeviceError) -> stat {
         var status = stat()
         guard fstat(descriptor, &status) == 0 else { throw SystemError.opening(path, errno) }
         guard try isBlockDevice(status, path) == wasBlockDevice else {
@@ -142,6 +145,7 @@ public final class FileDevice: BlockDevice, Sendable {
                 operation: "open", path: path, code: ESTALE,
                 reason: "it was replaced while it was being opened")
         }
+        return status
     }
 
     // udev holds a block device's lock for moments while it looks at what appeared there.

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -53,6 +54,9 @@ int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
     *offset = answer.fields.direct_offset_align;
     return 0;
 }
+
+uint32_t clinux_major(uint64_t device) { return major(device); }
+uint32_t clinux_minor(uint64_t device) { return minor(device); }
 
 bool clinux_is_in_memory(int fd) {
     struct statfs system;

@@ -57,6 +57,7 @@ public final class PoolServer {
     ) -> Server.Configuration {
         var configuration = Server.Configuration(dataFileDescriptor: local.data.fileDescriptor)
         configuration.dataIsInMemory = local.data.isInMemory
+        configuration.dataIsRotational = local.data.isRotational
         configuration.allowRing = allowRing
         configuration.readOnly = options.pool.readOnly
         configuration.reactors = options.reactors

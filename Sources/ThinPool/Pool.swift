@@ -36,6 +36,8 @@ public struct PoolBounds: Sendable {
     /// turn. A step is a leaf, with 84 to 252 mappings as a rule.
     public var extentSteps = 256
     public var extentSlice = 16
+    /// Pages of the mapping table that one CACHE loads.
+    public var cachedPages = 64
     /// Mappings up to which a device is deleted in one go, not in the background.
     public var smallDeletion: UInt64 = 4096
     /// Mappings that one slice of a background deletion gives back.

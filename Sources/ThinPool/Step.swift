@@ -36,6 +36,8 @@ enum StepIntent: UInt8, BitwiseCopyable {
     case unmap
     /// Answer a query of the map.
     case extents
+    /// Load the map of a range into the mapping table.
+    case cache
 }
 
 /// Where a step is. `asks` is the only phase in which the pool's lock is needed.
@@ -50,7 +52,7 @@ enum StepPhase: UInt8, BitwiseCopyable {
     case asks, transfer, zeroes, copyRead, copyWrite, clear, fill, filled
 }
 
-/// A part of a request: a run of mapped blocks, or a part of one block, or a range to unmap.
+/// A part of a request: a run of mapped blocks, or a part of one block, or a range of the map.
 struct Step: BitwiseCopyable {
     var request: Int32 = -1
     var intent = StepIntent.read
@@ -66,7 +68,7 @@ struct Step: BitwiseCopyable {
     var pin: UInt16 = 0
 
     var virtualBlock: UInt64 = 0
-    /// Unmap: the end of the range, in blocks.
+    /// Unmap, cache: the end of the range, in blocks.
     var blockLimit: UInt64 = 0
     /// The user's bytes: where they start inside the block, how many, and where in memory.
     var start = 0

@@ -14,6 +14,7 @@ extension VolumeIO {
         let volume = requests[step.pointee.request].pointee.volume!.takeUnretainedValue()
         if step.pointee.intent == .read { return resolveRead(index, volume) }
         if step.pointee.intent == .extents { return resolveExtents(index, volume) }
+        if step.pointee.intent == .cache { return resolveCache(index, volume) }
         if pool.failure != nil { return fail(index, EIO) }
         if volume.isReadOnly || pool.isReadOnly { return fail(index, EPERM) }
         if volume.isHeld { return pool.park(reference(index), in: &volume.heldSteps) }
@@ -64,6 +65,17 @@ extension VolumeIO {
         case .success(.some(let mapping)):
             startInPlace(index, mapping)
         }
+    }
+
+    /// A page in each turn. Only a hint: an error is for whoever needs the page.
+    private func resolveCache(_ index: Int32, _ volume: Volume) {
+        let step = steps[index]
+        let next = volume.table.pageRange(of: step.pointee.virtualBlock).upperBound
+        guard case .success = pool.mapping(of: volume, step.pointee.virtualBlock),
+            next < step.pointee.blockLimit
+        else { return end(index) }
+        step.pointee.virtualBlock = next
+        askingAgain.append(index)
     }
 
     private func startInPlace(_ index: Int32, _ mapping: Mapping) {

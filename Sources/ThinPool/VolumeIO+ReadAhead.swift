@@ -25,8 +25,12 @@ extension VolumeIO {
                 }
                 guard case .unknown = volume.table.lookup(step.pointee.virtualBlock)
                 else { continue }
+                var range = volume.table.pageRange(of: step.pointee.virtualBlock)
+                if step.pointee.intent == .cache {
+                    range = range.lowerBound..<max(range.upperBound, step.pointee.blockLimit)
+                }
                 try pool.metadata.forEachMissingNode(
-                    volume.id, volume.table.pageRange(of: step.pointee.virtualBlock),
+                    volume.id, range,
                     leaves: NodeReader.most, reader.want)
             }
         }

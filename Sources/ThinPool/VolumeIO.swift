@@ -40,7 +40,7 @@ public final class VolumeIO: @unchecked Sendable {
 
     /// Steps that need the lock; steps whose block is filled; steps that have I/O to issue.
     let asking = IndexQueue()
-    /// Unmaps and queries that go on in the next turn, so that everybody else gets one in between.
+    /// Unmaps, queries and hints that go on in the next turn, so that everybody else gets one in between.
     let askingAgain = IndexQueue()
     let filled = IndexQueue()
     let ready = IndexQueue()
@@ -134,7 +134,7 @@ public final class VolumeIO: @unchecked Sendable {
             slot.pointee.cursor = slot.pointee.end
             makeDurable(index)
         case .cache:
-            finish(index)
+            cache(index)
         case .extents:
             beginExtents(index)
         }
@@ -350,6 +350,21 @@ public final class VolumeIO: @unchecked Sendable {
         } else {
             makeDurable(index)
         }
+    }
+
+    /// Loads the map, not the data: that would take memory from what has been asked for.
+    private func cache(_ index: Int32) {
+        let request = requests[index]
+        let volume = request.pointee.volume!.takeUnretainedValue()
+        request.pointee.cursor = request.pointee.end
+        guard request.pointee.offset < request.pointee.end else { return finish(index) }
+        let first = block(of: request.pointee.offset)
+        let end = block(of: request.pointee.end + blockSize - 1)
+        let most = volume.table.pageEntries * UInt64(bounds.cachedPages)
+        let step = newStep(index, .cache)
+        steps[step].pointee.virtualBlock = first
+        steps[step].pointee.blockLimit = min(end, first + most)
+        asking.append(step)
     }
 
     /// The blocks that lie entirely in the byte range.

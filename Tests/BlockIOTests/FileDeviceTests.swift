@@ -41,6 +41,38 @@ import Testing
         #expect(error?.reason.contains("permission denied") == true)
     }
 
+    @Test func turnsAsItsDiskDoes() throws {
+        // A disk that turns with a partition, one that does not, and one that does not say.
+        let scratch = Scratch()
+        let files = FileManager.default
+        for (disk, answer) in [("sda/", "1\n"), ("vda/", "0\n"), ("dm/", "")] {
+            let queue = scratch.path("devices/" + disk + "queue")
+            try files.createDirectory(atPath: queue, withIntermediateDirectories: true)
+            try answer.write(toFile: queue + "/rotational", atomically: true, encoding: .utf8)
+        }
+        try files.createDirectory(
+            atPath: scratch.path("devices/sda/sda1"), withIntermediateDirectories: true)
+        let blocks = scratch.path("block")
+        try files.createDirectory(atPath: blocks, withIntermediateDirectories: true)
+        for (number, disk) in [("8:0", "sda"), ("8:1", "sda/sda1"), ("9:0", "vda"), ("7:0", "dm")] {
+            try files.createSymbolicLink(
+                atPath: blocks + "/" + number,
+                withDestinationPath: scratch.path("devices/" + disk))
+        }
+        let turns = [(8, 0), (8, 1), (9, 0), (7, 0), (5, 5)].map {
+            Rotation.isRotational(major: $0.0, minor: $0.1, in: blocks)
+        }
+        #expect(turns == [true, true, false, false, false])
+    }
+
+    @Test func filesInMemoryDoNotTurn() throws {
+        let path = "/dev/shm/wafer-rotation-\(getpid())"
+        try FileDevice.create(path: path, size: 4096)
+        defer { unlink(path) }
+        let device = try FileDevice(path: path, access: .readWrite)
+        #expect(device.isInMemory && !device.isRotational)
+    }
+
     @Test func createdFilesAreSparseAndNew() throws {
         let scratch = Scratch()
         let path = try scratch.file(size: 1 << 30)

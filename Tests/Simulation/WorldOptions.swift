@@ -138,6 +138,7 @@ extension PoolBounds {
         unmapBatch = 1 + random.below(3)
         extentSteps = 1 + random.below(3)
         extentSlice = 1 + random.below(2)
+        cachedPages = 1 + random.below(3)
         smallDeletion = UInt64(random.below(4))
         deletionSlice = 1 + random.below(3)
         deletionBatch = 4 * deletionSlice

@@ -35,6 +35,9 @@ int clinux_set_direct(int fd, bool direct);
 int clinux_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
 /// Whether the file's contents are in memory only (tmpfs, ramfs): reading and writing are copies.
 bool clinux_is_in_memory(int fd);
+/// The numbers in a dev_t.
+uint32_t clinux_major(uint64_t device);
+uint32_t clinux_minor(uint64_t device);
 /// fallocate, again where a signal interrupted it.
 int clinux_allocate(int fd, int mode, uint64_t offset, uint64_t length);
 /// pwritev2 of `count` struct iovec, again where a signal interrupted it: bytes.
