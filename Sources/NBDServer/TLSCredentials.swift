@@ -78,9 +78,10 @@ public final class TLSCredentials: @unchecked Sendable {
         var warnings: [String] = []
         verifiesClients = settings.verifiesClients
         allowedNames = settings.allowedNames.map(NamePattern.init)
-        keys = try settings.presharedKeys.map { path throws(ServerError) in
-            try PresharedKeys.read(path, &warnings)
-        } ?? [:]
+        keys =
+            try settings.presharedKeys.map { path throws(ServerError) in
+                try PresharedKeys.read(path, &warnings)
+            } ?? [:]
         priorities = try Self.priorities(
             settings.priority, withPresharedKeys: settings.presharedKeys != nil)
         do throws(ServerError) {
