@@ -508,7 +508,8 @@ package final class Connection {
 
     /// The session, if the kernel may go on with it now.
     func sessionForKernel(_ use: KernelTLSUse) -> TLSSession? {
-        guard let tls, !staysWithTLS, !isSending, !isReceiving, phase == .handshake || phase == .transmission,
+        guard let tls, !staysWithTLS, !isSending, !isReceiving,
+            phase == .handshake || phase == .transmission,
             tls.isQuiet, KernelTLS.mayTakeOver(tls, use)
         else { return nil }
         return tls

@@ -44,7 +44,8 @@ enum PresharedKeys {
         for index in stride(from: digits.startIndex, to: digits.endIndex, by: 2) {
             // A sign would be a digit to the standard library.
             guard digits[index] != UInt8(ascii: "+"), digits[index] != UInt8(ascii: "-"),
-                let byte = UInt8(String(decoding: digits[index...index + 1], as: UTF8.self), radix: 16)
+                let byte = UInt8(
+                    String(decoding: digits[index...index + 1], as: UTF8.self), radix: 16)
             else { return nil }
             bytes.append(byte)
         }

@@ -12,7 +12,8 @@ enum TLSWords {
         switch code {
         case GNUTLS_E_FATAL_ALERT_RECEIVED:
             let alert = gnutls_alert_get_name(gnutls_alert_get(session))
-            return "the client refused: " + (alert.map { tidied(String(cString: $0)) } ?? "no reason")
+            return "the client refused: "
+                + (alert.map { tidied(String(cString: $0)) } ?? "no reason")
         case GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR:
             let status = gnutls_session_get_verify_cert_status(session)
             var text = gnutls_datum_t()
@@ -21,7 +22,10 @@ enum TLSWords {
                     status, GNUTLS_CRT_X509, &text, 0) == 0, let data = text.data
             else { return error(code) }
             defer { cgnutls_free(data) }
-            return tidied(String(decoding: UnsafeBufferPointer(start: data, count: Int(text.size)), as: UTF8.self))
+            return tidied(
+                String(
+                    decoding: UnsafeBufferPointer(start: data, count: Int(text.size)), as: UTF8.self
+                ))
         default:
             return error(code)
         }

@@ -164,7 +164,8 @@ final class Credentials: Sendable {
         let server = try serve("--tls=on", "--tls-psk", credentials.keys)
         let client = try RawClient(server)
         _ = try client.receive(18)
-        let startTLS = Array("IHAVEOPT".utf8) + bigEndianBytes(UInt32(5)) + bigEndianBytes(UInt32(0))
+        let startTLS =
+            Array("IHAVEOPT".utf8) + bigEndianBytes(UInt32(5)) + bigEndianBytes(UInt32(0))
         let list = Array("IHAVEOPT".utf8) + bigEndianBytes(UInt32(3)) + bigEndianBytes(UInt32(0))
         try client.send(bigEndianBytes(UInt32(3)) + startTLS + list)
         #expect(client.isHungUpOn())

@@ -163,7 +163,8 @@ final class TLSClient {
 
     static func go(_ name: String) -> [UInt8] {
         option(
-            7, bigEndianBytes(UInt32(name.utf8.count)) + Array(name.utf8)
+            7,
+            bigEndianBytes(UInt32(name.utf8.count)) + Array(name.utf8)
                 + bigEndianBytes(UInt16(0)))
     }
 

@@ -13,7 +13,9 @@ import Testing
         } catch { return "\(error)" }
     }
 
-    private func file(_ contents: String, _ name: String, _ directory: TestDirectory) throws -> String {
+    private func file(_ contents: String, _ name: String, _ directory: TestDirectory) throws
+        -> String
+    {
         let path = "\(directory.path)/\(name)"
         let file = try #require(fopen(path, "w"))
         fputs(contents, file)
@@ -58,10 +60,12 @@ import Testing
     }
 
     @Test func badDirectoriesAreNamed() throws {
-        #expect(message { _ = try TestCredentials.server("none") }
-            .contains("none/server-cert.pem: no such file or directory"))
-        #expect(message { _ = try TestCredentials.server("expired") }
-            .contains("expired/server-cert.pem: the certificate expired on 2020-01-01"))
+        #expect(
+            message { _ = try TestCredentials.server("none") }
+                .contains("none/server-cert.pem: no such file or directory"))
+        #expect(
+            message { _ = try TestCredentials.server("expired") }
+                .contains("expired/server-cert.pem: the certificate expired on 2020-01-01"))
         let directory = TestDirectory()
         func copy(_ from: String, _ name: String) throws {
             let bytes = try SecretFile.read("\(TestCredentials.path)/\(from)")
@@ -71,9 +75,12 @@ import Testing
         settings.certificates = directory.path
         settings.verifiesClients = true
         try copy("server/server-cert.pem", "server-cert.pem")
-        #expect(message { _ = try TLSCredentials(settings) }.contains("server-key.pem: no such file"))
+        #expect(
+            message { _ = try TLSCredentials(settings) }.contains("server-key.pem: no such file"))
         try copy("alice/client-key.pem", "server-key.pem")
-        #expect(message { _ = try TLSCredentials(settings) }.contains("use \(directory.path)/server-key.pem"))
+        #expect(
+            message { _ = try TLSCredentials(settings) }.contains(
+                "use \(directory.path)/server-key.pem"))
         try copy("server/server-key.pem", "server-key.pem")
         #expect(message { _ = try TLSCredentials(settings) }.contains("ca-cert.pem: no such file"))
         try copy("alice/client-key.pem", "ca-cert.pem")
@@ -86,8 +93,9 @@ import Testing
     }
 
     @Test func badPriorityIsNamed() {
-        #expect(message { _ = try TestCredentials.server { $0.priority = "NORMAL:+NOSUCH" } }
-            .contains("+NOSUCH"))
+        #expect(
+            message { _ = try TestCredentials.server { $0.priority = "NORMAL:+NOSUCH" } }
+                .contains("+NOSUCH"))
     }
 
     @Test func namesMatchPartByPart() {
