@@ -48,7 +48,7 @@ public struct TransmissionFlags: OptionSet, Hashable, Sendable {
 }
 
 /// An option of the handshake. Unknown numbers are legal and are answered with `.unsupported`.
-public struct OptionCode: RawRepresentable, Hashable, Sendable {
+public struct OptionCode: RawRepresentable, Hashable, Sendable, Codable {
     public var rawValue: UInt32
     public init(rawValue: UInt32) { self.rawValue = rawValue }
 

@@ -95,7 +95,7 @@ public enum ExportOpening: Hashable, Sendable {
 }
 
 /// An export in the answer to LIST.
-public struct ListedExport: Hashable, Sendable {
+public struct ListedExport: Hashable, Sendable, Codable {
     public var name: String
     public var description: String
 

@@ -12,15 +12,15 @@
 //                                  draining        finished (GO, EXPORT_NAME, ABORT)
 
 /// Whether clients may, or have to, ask for TLS.
-public enum TLSPolicy: Sendable {
+public enum TLSPolicy: Sendable, Codable {
     case off
     /// Those that ask for it get it; exports may require it.
     case on
     case require
 }
 
-/// One client's handshake.
-public struct Handshake: Sendable {
+/// One client's handshake. Another process can go on with it where it was encoded.
+public struct Handshake: Sendable, Codable {
     /// What the caller does next, after it has sent the output.
     public enum Outcome: Equatable, Sendable {
         /// All input was consumed; call again with more.
@@ -47,7 +47,7 @@ public struct Handshake: Sendable {
         case violation(String)
     }
 
-    private enum State {
+    private enum State: Codable {
         case greeting
         case clientFlags
         case optionHeader
@@ -59,7 +59,7 @@ public struct Handshake: Sendable {
     }
 
     /// The meta contexts that were selected, and for which export: they count for no other.
-    struct Selection {
+    struct Selection: Codable {
         var exportName = ""
         var contexts: [MetaContext] = []
     }

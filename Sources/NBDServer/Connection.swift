@@ -176,7 +176,7 @@ package final class Connection {
                     handshake.isAtBoundary ? nil : "the client left in the middle of a message")
             } else {
                 greetingEnd += count
-                if greetingOutput == nil { advanceHandshake(sink) }
+                if greetingOutput == nil && !isPaused { advanceHandshake(sink) }
             }
         case .transmission:
             if count == 0 {
@@ -234,7 +234,7 @@ package final class Connection {
 
     /// What the connection waited for, memory or its export, may be there.
     package func resume(_ sink: some RequestSink) {
-        if phase == .handshake && isWaiting {
+        if phase == .handshake && isWaiting && !isPaused {
             advanceHandshake(sink)
         } else if phase == .transmission {
             transmission!.resume(sink)
@@ -258,9 +258,10 @@ package final class Connection {
     /// The server gives its place to another: what was begun is answered, and if the client can be
     /// carried over, nothing more is taken from it.
     package func pause() {
+        guard phase == .handshake || phase == .transmission else { return }
         // The keys of TLS are in this process's memory.
-        guard phase == .transmission && tls == nil else { return stop() }
-        transmission!.pause()
+        if tls != nil || startsTLS { return stop() }
+        transmission?.pause()
         isPaused = true
     }
 
@@ -269,35 +270,57 @@ package final class Connection {
         transmission?.received(0, sink)
     }
 
-    /// Nothing is under way any more.
+    /// Nothing is under way any more, an answer to an option included.
     package var canBeCarried: Bool {
-        isPaused && phase == .transmission && !isReceiving && !isSending
-            && transmission!.inFlight == 0 && !transmission!.hasReplies
+        guard isPaused, !isReceiving, !isSending, greetingOutput == nil else { return false }
+        switch phase {
+        case .handshake: return true
+        case .transmission: return transmission!.inFlight == 0 && !transmission!.hasReplies
+        case .draining, .closed: return false
+        }
     }
 
     /// The connection as another server can go on with it; nil: it has to end.
     func carried() -> CarriedConnection? {
-        guard transmission!.canBeCarried else { return nil }
-        let input = transmission!.carriedInput()
+        guard let transmission else {
+            return CarriedConnection(
+                socket: socket, stage: .handshake(handshake),
+                input: Data(greetingInput[greetingStart..<greetingEnd]),
+                tls: usesKernelTLS ? tlsSummary : nil)
+        }
+        guard transmission.canBeCarried else { return nil }
         return CarriedConnection(
-            socket: socket, exportName: exportName!, format: transmission!.format,
-            contexts: exports.contexts.selected, tls: usesKernelTLS ? tlsSummary : nil,
-            input: Data(input + carriedInput))
+            socket: socket,
+            stage: .transmission(
+                exportName: exportName!, format: transmission.format,
+                contexts: exports.contexts.selected),
+            input: Data(transmission.carriedInput() + carriedInput),
+            tls: usesKernelTLS ? tlsSummary : nil)
     }
 
-    /// The socket comes from another server, in the middle of its transmission.
+    /// The socket comes from another server.
     func begin(with carried: CarriedConnection, _ sink: some RequestSink) {
-        guard case .opened(let export) = exports.open(carried.exportName, contexts: carried.contexts)
-        else { return breakOff("export \(carried.exportName) cannot be opened again") }
         if let summary = carried.tls {
             tlsSummary = summary
             kernelGoodbye = KernelTLS.Goodbye()
         }
-        isAnnounced = true
-        carriedInput = [UInt8](carried.input)[...]
-        enterTransmission(
-            Agreement(export: export, format: carried.format, contexts: carried.contexts), sink)
-        takeCarriedInput(sink)
+        switch carried.stage {
+        case .handshake(let handshake):
+            self.handshake = handshake
+            precondition(carried.input.count <= greetingInput.count, "more than a greeting's input")
+            greetingInput.copyBytes(from: carried.input)
+            greetingEnd = carried.input.count
+            advanceHandshake(sink)
+        case .transmission(let name, let format, let contexts):
+            guard case .opened(let export) = exports.open(name, contexts: contexts) else {
+                return breakOff("export \(name) cannot be opened again")
+            }
+            isAnnounced = true
+            carriedInput = [UInt8](carried.input)[...]
+            enterTransmission(
+                Agreement(export: export, format: format, contexts: contexts), sink)
+            takeCarriedInput(sink)
+        }
     }
 
     /// Takes what the other server had received, as far as there is room; it comes before what is in
@@ -351,7 +374,7 @@ package final class Connection {
         switch phase {
         case .handshake:
             // One option at a time: the next is read when the answer has gone.
-            guard greetingOutput == nil && !isWaiting else { return nil }
+            guard greetingOutput == nil && !isWaiting && !isPaused else { return nil }
             return UnsafeMutableRawBufferPointer(
                 rebasing: greetingInput[greetingEnd...])
         case .transmission:
@@ -545,7 +568,7 @@ package final class Connection {
         if startsTLS {
             startsTLS = false
             tls = TLSSession(credentials!)
-        } else {
+        } else if !isPaused {
             advanceHandshake(sink)
         }
     }

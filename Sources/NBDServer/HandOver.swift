@@ -21,14 +21,16 @@ public struct HandOver: Codable, Sendable {
     public var connectionCount: Int { connections.count }
 }
 
-/// A connection in its transmission phase, between two requests or in the middle of one.
+/// A connection between two messages or in the middle of one.
 struct CarriedConnection: Codable, Sendable {
+    enum Stage: Codable, Sendable {
+        case handshake(Handshake)
+        case transmission(exportName: String, format: WireFormat, contexts: [MetaContext])
+    }
     var socket: Int32
-    var exportName: String
-    var format: WireFormat
-    var contexts: [MetaContext]
-    /// Version and algorithms of TLS, which the kernel does; nil: there is none.
-    var tls: String?
+    var stage: Stage
     /// What was received and not acted on.
     var input: Data
+    /// Version and algorithms of TLS, which the kernel does; nil: there is none.
+    var tls: String?
 }

@@ -557,7 +557,7 @@ final class Reactor {
         if target == number {
             adopt(arrival)
         } else if !shared.mailboxes[target].deliver(arrival) {
-            dismiss(socket, arrival.session)
+            turnAway(arrival)
         }
     }
 
