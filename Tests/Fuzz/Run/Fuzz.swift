@@ -29,6 +29,9 @@ struct Fuzz {
             fatalError("fuzz: WAFER_FUZZ_TARGET names no target (--list shows them)")
         }
         target = named
+        if CommandLine.arguments.dropFirst().first == "--seeds" {
+            return writeSeeds(to: CommandLine.arguments[2])
+        }
         var count = CommandLine.argc
         var arguments = CommandLine.unsafeArgv
         exit(
@@ -36,5 +39,15 @@ struct Fuzz {
                 target.run(UnsafeRawBufferPointer(start: bytes, count: count))
                 return 0
             })
+    }
+
+    private static func writeSeeds(to directory: String) {
+        for (index, seed) in target.seeds.enumerated() {
+            guard let file = fopen("\(directory)/seed-\(index)", "w") else {
+                fatalError("fuzz: no seeds can be written to \(directory)")
+            }
+            fwrite(seed, 1, seed.count, file)
+            fclose(file)
+        }
     }
 }

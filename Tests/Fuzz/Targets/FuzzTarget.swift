@@ -8,13 +8,20 @@
 public protocol FuzzTarget {
     static var name: String { get }
     static func run(_ bytes: UnsafeRawBufferPointer)
+    /// Sound inputs, where those do not come about by themselves.
+    static var seeds: [[UInt8]] { get }
+}
+
+extension FuzzTarget {
+    public static var seeds: [[UInt8]] { [] }
 }
 
 public enum FuzzTargets {
     public static var all: [any FuzzTarget.Type] {
         [
             SuperblockTarget.self, NodeTarget.self, SpaceMapTarget.self, MetadataTarget.self,
-            CheckTarget.self, CatalogueTarget.self, PoolTarget.self,
+            CheckTarget.self, CatalogueTarget.self, PoolTarget.self, RequestTarget.self,
+            HandshakeTarget.self, ConnectionTarget.self,
         ]
     }
 

@@ -2,9 +2,10 @@
 
 import ThinMetadata
 
-/// The superblock's bytes are the input, sealed.
+/// The superblock's bytes are the input behind the first one, which says whether they are sealed.
 public enum SuperblockTarget: FuzzTarget {
     public static let name = "superblock"
+    public static var seeds: [[UInt8]] { [[0] + SeedPool.shared.bytes(of: 0, 368)] }
 
     public static func run(_ bytes: UnsafeRawBufferPointer) {
         var input = FuzzInput(bytes)
@@ -25,6 +26,11 @@ public enum SuperblockTarget: FuzzTarget {
 /// is done with it.
 public enum NodeTarget: FuzzTarget {
     public static let name = "node"
+    public static var seeds: [[UInt8]] {
+        SeedPool.shared.trees.enumerated().map { place, block in
+            [UInt8(place), 6, 0, 5, 9, 3, 1, 200] + SeedPool.shared.bytes(of: block, 4096)
+        }
+    }
 
     public static func run(_ bytes: UnsafeRawBufferPointer) {
         var input = FuzzInput(bytes)
@@ -40,6 +46,12 @@ public enum NodeTarget: FuzzTarget {
 /// The index block or a bitmap.
 public enum SpaceMapTarget: FuzzTarget {
     public static let name = "space-map"
+    public static var seeds: [[UInt8]] {
+        let seed = SeedPool.shared
+        return [seed.index, seed.metadataBitmap, seed.dataBitmap].enumerated().map {
+            [UInt8($0), 6, 0, 5, 9, 3, 1, 200] + seed.bytes(of: $1, 200)
+        }
+    }
 
     public static func run(_ bytes: UnsafeRawBufferPointer) {
         var input = FuzzInput(bytes)

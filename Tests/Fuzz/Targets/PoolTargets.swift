@@ -8,6 +8,13 @@ import ThinPool
 /// The catalogue's block is the input: its payload, with a header that fits; or all of it.
 public enum CatalogueTarget: FuzzTarget {
     public static let name = "catalogue"
+    public static var seeds: [[UInt8]] {
+        [
+            #"{"deleting":[],"volumes":[{"created":1,"id":1,"name":"a","size":1048576}]}"#,
+            #"{"deleting":[3],"volumes":[{"created":1,"id":2,"name":"b","origin":"c","size":512}]}"#,
+            "{}",
+        ].map { [0] + Array($0.utf8) }
+    }
 
     public static func run(_ bytes: UnsafeRawBufferPointer) {
         var input = FuzzInput(bytes)

@@ -1,6 +1,6 @@
 // The sound pool that fuzzed ones start from: small, with a bit of everything. Volumes that share
 // nodes and data blocks (counts of 3 and more in both space maps), a mapping tree of two levels, an
-// empty volume, a catalogue. Made by the product itself, once in a process.
+// empty volume and a huge one, a catalogue. Made by the product itself, once in a process.
 
 import BlockIO
 import ThinMetadata
@@ -87,6 +87,7 @@ struct SeedPool: @unchecked Sendable {
             write(driver, "origin", 280..<283)
         }
         make(driver, .create(name: "empty", size: 512))
+        make(driver, .create(name: "huge", size: 1 << 40))
         driver.close()
         return (copy(of: metadata), copy(of: data))
     }
@@ -130,6 +131,11 @@ struct SeedPool: @unchecked Sendable {
         OverlayDevice(path: "fuzzed metadata", over: metadata)
     }
     func dataDevice() -> OverlayDevice { OverlayDevice(path: "fuzzed data", over: data) }
+
+    /// How a block of the metadata begins.
+    func bytes(of block: Int, _ count: Int) -> [UInt8] {
+        Array(metadata[block * Layout.blockSize..<block * Layout.blockSize + count])
+    }
 
     func kind(of block: Int) -> BlockKind {
         blocks.first { $0.number == block }!.kind
