@@ -88,6 +88,7 @@ let package = Package(
             name: "FuzzTargets",
             dependencies: [
                 "NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO", "CLinux",
+                "CGnuTLS",
             ],
             path: "Tests/Fuzz/Targets", swiftSettings: swiftSettings),
         .testTarget(

@@ -17,8 +17,9 @@ struct KeptInputs: CustomTestStringConvertible, Sendable {
         return FuzzTargets.all.map { target in
             let files = ["Corpus", "Regressions"].flatMap { kind in
                 let directory = home.appendingPathComponent("\(kind)/\(target.name)")
-                return (try? FileManager.default.contentsOfDirectory(
-                    at: directory, includingPropertiesForKeys: nil)) ?? []
+                return
+                    (try? FileManager.default.contentsOfDirectory(
+                        at: directory, includingPropertiesForKeys: nil)) ?? []
             }
             return KeptInputs(target: target.name, files: files)
         }

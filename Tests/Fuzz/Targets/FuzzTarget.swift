@@ -21,7 +21,7 @@ public enum FuzzTargets {
         [
             SuperblockTarget.self, NodeTarget.self, SpaceMapTarget.self, MetadataTarget.self,
             CheckTarget.self, CatalogueTarget.self, PoolTarget.self, RequestTarget.self,
-            HandshakeTarget.self, ConnectionTarget.self,
+            HandshakeTarget.self, ConnectionTarget.self, TLSTarget.self,
         ]
     }
 

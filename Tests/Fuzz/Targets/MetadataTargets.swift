@@ -2,23 +2,27 @@
 
 import ThinMetadata
 
-/// The superblock's bytes are the input behind the first one, which says whether they are sealed.
+/// The superblock: 512 bytes of the input behind the first one, which says whether they are sealed.
+/// What follows says what is done with it.
 public enum SuperblockTarget: FuzzTarget {
     public static let name = "superblock"
-    public static var seeds: [[UInt8]] { [[0] + SeedPool.shared.bytes(of: 0, 368)] }
+    public static var seeds: [[UInt8]] {
+        [[0] + SeedPool.shared.bytes(of: 0, 512) + [0, 5, 9, 3, 1, 200]]
+    }
 
     public static func run(_ bytes: UnsafeRawBufferPointer) {
         var input = FuzzInput(bytes)
         let isSealed = input.byte() & 1 == 0
         let device = SeedPool.shared.metadataDevice()
-        let block = input.rest(4096)
+        let block = input.rest(512)
         if isSealed {
             device.overwrite(0, with: block)
         } else {
-            block.baseAddress.map { device.editedPage(0).copyMemory(from: $0, byteCount: block.count) }
+            block.baseAddress.map {
+                device.editedPage(0).copyMemory(from: $0, byteCount: block.count)
+            }
         }
-        var none = FuzzInput(UnsafeRawBufferPointer(start: nil, count: 0))
-        MetadataUse.run(device, &none)
+        MetadataUse.run(device, &input)
     }
 }
 
