@@ -83,6 +83,17 @@ let package = Package(
             ],
             path: "Tests/Simulate", swiftSettings: swiftSettings),
 
+        // What Scripts/fuzz feeds fuzzed bytes to; FuzzTests feeds it what was found before.
+        .target(
+            name: "FuzzTargets",
+            dependencies: [
+                "NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO", "CLinux",
+                "CGnuTLS",
+            ],
+            path: "Tests/Fuzz/Targets", swiftSettings: swiftSettings),
+        .testTarget(
+            name: "FuzzTests", dependencies: ["FuzzTargets"], swiftSettings: swiftSettings),
+
         // Makes large pools for Scripts/scale.
         .executableTarget(
             name: "make-pool",
@@ -128,3 +139,12 @@ let package = Package(
             swiftSettings: swiftSettings),
     ]
 )
+
+// libFuzzer's runtime is linked only where Scripts/fuzz asks for it. gold fails on its debug
+// information.
+if Context.environment["WAFER_FUZZ"] != nil {
+    package.targets.append(
+        .executableTarget(
+            name: "fuzz", dependencies: ["FuzzTargets"], path: "Tests/Fuzz/Run",
+            swiftSettings: swiftSettings, linkerSettings: [.unsafeFlags(["-use-ld=lld"])]))
+}

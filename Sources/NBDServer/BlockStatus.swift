@@ -61,6 +61,13 @@ struct StatusQuery {
         contexts.selected.count * chunk.statusSize(extents: limit)
     }
 
+    /// Bytes of the longest answer to any question about some of these contexts: fewer of them may
+    /// have more extents between them than all.
+    static func longestReply(_ contexts: VolumeContexts, _ chunk: ChunkHeader) -> Int {
+        (contexts.selected.count - 1) * chunk.statusSize(extents: 0)
+            + chunk.statusSize(extents: Limits.maximumExtents)
+    }
+
     /// Writes a chunk for each context; returns how many bytes.
     func write(to bytes: UnsafeMutableRawPointer, _ chunk: ChunkHeader) -> Int {
         var at = bytes

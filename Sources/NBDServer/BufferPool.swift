@@ -41,7 +41,7 @@ package final class BufferPool {
         free.deallocate()
     }
 
-    var inUse: Int { allocated - kept }
+    package var inUse: Int { allocated - kept }
     var hasWaiters: Bool { !waiters.isEmpty }
 
     /// The size class that holds `length` bytes.

@@ -376,7 +376,10 @@ package final class Transmission {
             contexts, isSingle: header.flags.contains(.requestOne),
             blocks: hasPayload ? nil : header.length / rules.dataBlockSize)
         let chunk = chunkHeader(cookie: header.cookie, offset: header.offset)
-        let room = max(query.replySize(chunk), StatusPayload.maximumSize)
+        let room =
+            hasPayload
+            ? StatusQuery.longestReply(contexts, chunk)
+            : query.replySize(chunk)
         guard let index = takeSlot(header, payload: room) else { return false }
         slots[Int(index)].asksForStatus = true
         if statusQueries.isEmpty {

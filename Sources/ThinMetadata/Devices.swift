@@ -80,6 +80,13 @@ extension ThinMetadata {
             return nil
         }
         let record = DeviceRecord(id, root: root.le64(0), details: DeviceDetails(details))
+        // A wider one would not fit a mapping.
+        guard record.details.snapshottedTime <= Mapping.maxTime else {
+            throw .corrupt(
+                block: MetadataBlock(superblock.detailsRoot),
+                "device \(id.rawValue) was last snapshotted at time "
+                    + "\(record.details.snapshottedTime), which is too late")
+        }
         records[id] = record
         lastRecord = record
         return record

@@ -22,9 +22,14 @@ extension ThinMetadata {
         var dataPages: [Int] = []
         var metadataPages: [Int] = []
         if isChanged {
-            try writeDirtyDetails()
-            dataPages = try freezeDataMap(&builder)
-            metadataPages = try freezeMetadataMap(&builder)
+            do throws(MetadataError) {
+                try writeDirtyDetails()
+                dataPages = try freezeDataMap(&builder)
+                metadataPages = try freezeMetadataMap(&builder)
+            } catch {
+                builder.discard()
+                throw error
+            }
             for (block, memory) in store.cache.freeze() {
                 builder.add(block, .node, memory)
             }
@@ -191,6 +196,11 @@ private struct FrozenBuilder {
             byteCount: Layout.blockSize, alignment: Layout.blockSize)
         owned.append(memory)
         return memory
+    }
+
+    /// There will be no transaction.
+    func discard() {
+        for memory in owned { memory.deallocate() }
     }
 
     func sorted() -> [FrozenTransaction.Block] { blocks.sorted { $0.number < $1.number } }

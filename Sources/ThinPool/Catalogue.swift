@@ -21,16 +21,16 @@ import ThinMetadata
 
 package enum CatalogueLayout {
     package static let device = ThinDeviceID.max
-    static let magic = 0
-    static let version = 8
-    static let checksum = 12
-    static let payloadBytes = 16
-    static let payload = 32
+    package static let magic = 0
+    package static let version = 8
+    package static let checksum = 12
+    package static let payloadBytes = 16
+    package static let payload = 32
 
-    static let magicValue = UInt64(littleEndian: 0x5441_4352_4546_4157)  // "WAFERCAT"
-    static let versionValue: UInt32 = 1
+    package static let magicValue = UInt64(littleEndian: 0x5441_4352_4546_4157)  // "WAFERCAT"
+    package static let versionValue: UInt32 = 1
     /// 2^24 volumes of some 200 bytes would be more; a longer length is a damaged one.
-    static let maxPayloadBytes: UInt64 = 1 << 32
+    package static let maxPayloadBytes: UInt64 = 1 << 32
 }
 
 package struct Catalogue: Codable, Equatable, Sendable {

@@ -64,7 +64,7 @@ public final class ExtentQuery {
 
     // MARK: - For the pool
 
-    func begin(_ range: Range<UInt64>, blockSize: UInt64, steps: Int) {
+    package func begin(_ range: Range<UInt64>, blockSize: UInt64, steps: Int) {
         self.range = range
         self.blockSize = blockSize
         kind = 0
@@ -78,15 +78,15 @@ public final class ExtentQuery {
         stepsLeft = steps
     }
 
-    var current: ExtentKind? { kind < kinds.count && !range.isEmpty ? kinds[kind] : nil }
+    package var current: ExtentKind? { kind < kinds.count && !range.isEmpty ? kinds[kind] : nil }
 
     /// The blocks that the present kind is still to be told of.
-    var blocks: Range<UInt64> {
+    package var blocks: Range<UInt64> {
         answered / blockSize..<(range.upperBound + blockSize - 1) / blockSize
     }
 
     /// The blocks up to `block`, from those on that were told last, have this status.
-    func add(to block: UInt64, _ status: UInt32) {
+    package func add(to block: UInt64, _ status: UInt32) {
         let end = min(block * blockSize, range.upperBound)
         guard !isFull, end > answered else { return }
         let last = extents[kind].count - 1
@@ -102,7 +102,7 @@ public final class ExtentQuery {
     }
 
     /// A step of the present kind has been taken; each may take so many.
-    func stepDone(steps: Int) {
+    package func stepDone(steps: Int) {
         stepsLeft -= 1
         if isFull || answered == range.upperBound || stepsLeft == 0 {
             kind += 1

@@ -197,9 +197,7 @@ extension Pool {
                 finishCurrent(PoolError(error))
             default:
                 // The open transaction may hold half of the change.
-                let failure = PoolError(error)
-                finishCurrent(failure)
-                fail(failure)
+                failWithCurrent(PoolError(error))
             }
             return
         }
@@ -207,10 +205,7 @@ extension Pool {
             try mapCatalogue(prepared)
         } catch {
             // The change itself is made: it must not be committed without its catalogue.
-            let failure = PoolError(error)
-            finishCurrent(failure)
-            fail(failure)
-            return
+            return failWithCurrent(PoolError(error))
         }
         catalogue = prepared.catalogue
         forgotten.formIntersection(catalogue.deleting)
@@ -270,6 +265,13 @@ extension Pool {
         case .forget:
             break
         }
+    }
+
+    /// The pool fails first: which of the new catalogue's blocks are still reservations is not known,
+    /// and the transaction that made them something else is dropped.
+    private func failWithCurrent(_ error: PoolError) {
+        fail(error)
+        finishCurrent(error)
     }
 
     /// The change did not happen.

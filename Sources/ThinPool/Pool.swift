@@ -176,7 +176,7 @@ public final class Pool: @unchecked Sendable {
             throw PoolError(
                 .device,
                 "\(dataDevice.path) has \(dataDevice.size) bytes, but the pool needs "
-                    + "\(metadata.dataBlocks * blockSize): give the device that belongs to "
+                    + "\(bytes(metadata.dataBlocks)): give the device that belongs to "
                     + "\(metadataDevice.path)")
         }
         if options.readOnly {

@@ -67,7 +67,12 @@ extension Pool {
 
     func addVolume(_ entry: Catalogue.Entry) {
         let id = ThinDeviceID(entry.id)
-        guard let details = (try? metadata.details(id)) ?? nil else {
+        let details: DeviceDetails?
+        do throws(MetadataError) { details = try metadata.details(id) } catch {
+            problems.append("volume \"\(entry.name)\" cannot be opened: \(error)")
+            return
+        }
+        guard let details else {
             problems.append(
                 "volume \"\(entry.name)\" is in the catalogue, but its thin device \(entry.id) "
                     + "is not in the pool")
@@ -95,9 +100,15 @@ extension Pool {
         } catch { throw PoolError(error) }
         // Its device was made, and the change that was to fill it was refused.
         if catalogueBlocks == 0 { return }
+        guard catalogueBlocks <= metadata.dataBlocks else {
+            throw PoolError(
+                .metadata,
+                "the pool's catalogue of volumes is damaged: its \(catalogueBlocks) blocks are "
+                    + "more than the pool has")
+        }
         let header = try readCatalogue(bytes: UInt64(CatalogueLayout.payload))
+        defer { header.deallocate() }
         let length = try Catalogue.length(header: header.baseAddress!)
-        header.deallocate()
         guard length <= catalogueBlocks * blockSize else {
             throw PoolError(
                 .metadata, "the pool's catalogue of volumes is damaged: it is shorter than it says")
@@ -152,6 +163,12 @@ extension Pool {
 
     // MARK: - For people
 
+    /// What the metadata says may be anything.
+    func bytes(_ blocks: UInt64) -> UInt64 {
+        let (bytes, isTooMuch) = blocks.multipliedReportingOverflow(by: blockSize)
+        return isTooMuch ? .max : bytes
+    }
+
     public func status() -> PoolStatus {
         lock.withLock {
             let mode: PoolStatus.Mode =
@@ -181,7 +198,7 @@ extension Pool {
                 list.append(
                     VolumeInfo(
                         name: entry.name, id: entry.id, size: entry.size,
-                        mappedBytes: mapped * blockSize, origin: entry.origin,
+                        mappedBytes: bytes(mapped), origin: entry.origin,
                         created: entry.created,
                         connections: volumesByName[entry.name]?.users ?? 0, state: .ready,
                         readOnly: entry.readOnly ?? false, description: entry.description))
@@ -190,7 +207,7 @@ extension Pool {
                 let mapped = try metadata.details(id)?.mappedBlocks ?? 0
                 list.append(
                     VolumeInfo(
-                        name: nil, id: id.rawValue, size: nil, mappedBytes: mapped * blockSize,
+                        name: nil, id: id.rawValue, size: nil, mappedBytes: bytes(mapped),
                         origin: nil, created: nil, connections: 0,
                         state: catalogue.deleting.contains(id.rawValue) ? .deleting : .unnamed))
             }
