@@ -88,3 +88,51 @@ debian_unpack() {
                 --exclude './usr/lib/x86_64-linux-gnu/perl*' --exclude './var/lib/*'
     done
 }
+
+# debian_programs HOME RELEASE PROGRAMS PACKAGE...: the release's packages and all that they depend
+# on, unpacked into HOME/root, and HOME/bin/PROGRAM for every program that fits one of the patterns
+# in PROGRAMS (relative to /usr): wrappers that start it with its own loader and libraries. Does
+# nothing when a HOME with the same packages and programs is there.
+debian_programs() {
+    local home=$1 release=$2 programs=$3 conf new program pattern content; shift 3
+    local -a packages
+    content="$(declare -f debian_unpack debian_programs debian_wrapper | cksum) $programs $*"
+    mkdir -p "$(dirname "$home")"
+    exec 8> "$home.lock"; flock 8
+    if [ "$(cat "$home/content" 2>/dev/null)" != "$content" ]; then
+        echo "$(basename "$0"): fetching the programs of $release" >&2
+        new=$home.new
+        conf=$(debian_apt "$release")
+        mapfile -t packages < <(debian_closure "$conf" "$@" libc-bin)
+        [ "${#packages[@]}" -gt "$#" ] || die "apt does not know all of this in $release: $*"
+        rm -rf "$new"
+        debian_download "$conf" "$new/packages" "${packages[@]}"
+        debian_unpack "$new/root" "$new"/packages/*.deb
+        rm -rf "$new/packages"
+        mkdir -p "$new/bin"
+        for pattern in $programs; do
+            for program in "$new/root/usr"/$pattern; do
+                [ -e "$program" ] || die "$release has no $pattern in these packages: $*"
+                [ "$(head -c 4 "$program" | tr -d '\0')" = $'\x7fELF' ] || continue
+                debian_wrapper "${program#"$new/root/"}" > "$new/bin/${program##*/}"
+                chmod +x "$new/bin/${program##*/}"
+            done
+        done
+        printf '%s\n' "$content" > "$new/content"
+        rm -rf "$home"; mv "$new" "$home"
+    fi
+    flock -u 8; exec 8>&-
+}
+
+# debian_wrapper PROGRAM: the text of a script beside root/ that starts root/PROGRAM. It is called by
+# its whole path: Python looks for its modules from there. Ceph's libraries (fio has them) would look
+# for their own at the host's.
+debian_wrapper() {
+    cat <<WRAPPER
+#!/bin/sh
+root=\$(dirname "\$(readlink -f "\$0")")/../root
+libraries=\$root/usr/lib/x86_64-linux-gnu
+exec "\$root/usr/lib64/ld-linux-x86-64.so.2" \\
+    --library-path "\$libraries:\$libraries/ceph" "\$root/$1" "\$@"
+WRAPPER
+}
