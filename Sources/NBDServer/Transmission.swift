@@ -119,7 +119,8 @@ package final class Transmission {
     private(set) var didDisconnect = false
     /// What the client did wrong, once; the stream cannot be followed any more.
     private(set) var violation: String?
-    /// The first refusal, for the log.
+    /// The first refusal that is the client's mistake, for the log. To ask whether zeroing is fast is
+    /// none: QEMU and nbdcopy do it all the time.
     private(set) var firstRefusal: Refusal?
 
     init(
@@ -333,7 +334,7 @@ package final class Transmission {
     }
 
     private func reply(_ slot: Int32, _ refusal: Refusal) {
-        if firstRefusal == nil { firstRefusal = refusal }
+        if firstRefusal == nil, refusal != .notFast { firstRefusal = refusal }
         reply(slot, refusal.error, refusal.text)
     }
 
