@@ -174,6 +174,7 @@ final class Reactor {
 
     private func turn() throws(DeviceError) {
         try collect()
+        engine.isShared = connectionCount > 1
         engine.beginTurn()
         for index in 0..<completionCount { act(on: completions[index]) }
         serveWaiters()

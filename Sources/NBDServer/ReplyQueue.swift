@@ -69,7 +69,7 @@ struct ReplyQueue: ~Copyable {
     /// Linux takes no more vectors at once (UIO_MAXIOV).
     private static let mostVectors = 1024
     /// What fits into a Unix socket at once, and takes less than 100 µs to copy.
-    static let longestMessage = 512 << 10
+    static let longestMessage = 1 << 20
 
     init(capacity: Int) {
         headerCapacity = capacity * Self.longestHeader

@@ -24,9 +24,11 @@ public struct PoolBounds: Sendable {
     public var window: Int32 = 64
     /// A run of adjacent blocks becomes one I/O of at most this many bytes.
     public var run: UInt64 = 4 << 20
-    /// Bytes that a turn copies or zeroes on the spot before the next one begins, and bytes of
-    /// zeroes that one request gets of that before others have theirs.
-    public var turnBytes = 1 << 20
+    /// Bytes that a turn copies or zeroes on the spot before the next one begins: for one client, and
+    /// where others wait for the turn's end. Bytes of zeroes that one request gets of that before
+    /// others have theirs.
+    public var turnBytes = 2 << 20
+    public var sharedTurnBytes = 256 << 10
     public var piece = 128 << 10
     /// Virtual blocks of a page of a mapping table, as a power of two.
     public var tablePageShift = MappingTable.longestPageShift

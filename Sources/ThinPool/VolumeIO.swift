@@ -46,6 +46,8 @@ public final class VolumeIO: @unchecked Sendable {
     let ready = IndexQueue()
     /// Requests that have had their share of the turn.
     private let behind = IndexQueue()
+    /// There is more than one client.
+    public var isShared = false
     /// Bytes that this turn may still copy or zero on the spot.
     private var bytesLeft = 0
     /// Requests that need a commit, and those that need a flush of the data device.
@@ -109,7 +111,7 @@ public final class VolumeIO: @unchecked Sendable {
         turnEpoch = pool.epochs.now
         pool.epochs.publish(reader, min(turnEpoch, pins.oldest))
         inTurn = true
-        bytesLeft = bounds.turnBytes
+        bytesLeft = isShared ? bounds.sharedTurnBytes : bounds.turnBytes
         while let step = askingAgain.popFirst() { asking.append(step) }
     }
 
