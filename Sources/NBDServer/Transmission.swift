@@ -237,7 +237,8 @@ package final class Transmission {
             bytes += UnsafeRawBufferPointer(
                 start: slots[Int(partial)].payload!, count: partialFilled)
         }
-        return bytes + UnsafeRawBufferPointer(start: input + inputStart, count: inputEnd - inputStart)
+        bytes += UnsafeRawBufferPointer(start: input + inputStart, count: inputEnd - inputStart)
+        return bytes
     }
 
     /// Goes on parsing, if it had to stop for want of a slot or of memory.

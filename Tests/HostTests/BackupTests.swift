@@ -104,9 +104,8 @@ import Testing
             esac
             """.write(toFile: script, atomically: true, encoding: .utf8)
         func recipe(_ arguments: String...) throws {
-            _ = try run(
-                pool, "sh",
-                ["-c", "cd \(pool.scratch.path) && sh \(script) \(arguments.joined(separator: " "))"])
+            let words = arguments.joined(separator: " ")
+            _ = try run(pool, "sh", ["-c", "cd \(pool.scratch.path) && sh \(script) \(words)"])
         }
         func snapshot(_ name: String) throws {
             try pool.must("volume", "snapshot", pool.path, "home", name, "--read-only")
@@ -120,7 +119,8 @@ import Testing
         try write(server, "home", 2, at: 60 * mebibyte, 100 * 1024)
         // Whole blocks that are given up have to become holes in the copy.
         _ = try run(
-            pool, "qemu-io", ["-f", "raw", "-d", "unmap", "-c", "discard 5M 1M", server.uri("home")])
+            pool, "qemu-io",
+            ["-f", "raw", "-d", "unmap", "-c", "discard 5M 1M", server.uri("home")])
         try snapshot("tuesday")
         try recipe("incremental", "monday", "tuesday")
         try write(server, "home", 3, at: 10 * mebibyte, 512)

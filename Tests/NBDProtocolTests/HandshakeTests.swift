@@ -73,7 +73,8 @@ import Testing
 
     @Test func readOnlyFlag() {
         let export = Export(name: "", size: 0, isReadOnly: true, description: "")
-        #expect(export.transmissionFlags(.simple).contains([.readOnly, .hasFlags, .sendFlush, .sendFUA]))
+        let flags = export.transmissionFlags(.simple)
+        #expect(flags.contains([.readOnly, .hasFlags, .sendFlush, .sendFUA]))
     }
 
     @Test func defaultExportOnlyWhereThereIsOneVolume() throws {

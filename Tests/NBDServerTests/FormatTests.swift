@@ -112,7 +112,8 @@ private let chunked = [WireFormat.structured, .extended]
         for index in stride(from: 0, to: 100, by: 2) {
             let bytes = [UInt8](repeating: UInt8(index + 1), count: 512)
             try client.write(UInt64(index) * blockSize, bytes)
-            model.replaceSubrange(index * Int(blockSize)..<index * Int(blockSize) + 512, with: bytes)
+            let start = index * Int(blockSize)
+            model.replaceSubrange(start..<start + 512, with: bytes)
         }
         #expect(try client.ask(.read, 0, 100 * blockSize).data == model)
     }

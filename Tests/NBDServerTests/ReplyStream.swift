@@ -90,7 +90,8 @@ struct ReplyStream {
 
     private mutating func takeChunk(_ headerSize: Int) throws -> Bool {
         guard input.count >= headerSize else { return false }
-        let length = headerSize == 20 ? Int(word(16, as: UInt32.self)) : Int(word(24, as: UInt64.self))
+        let length =
+            headerSize == 20 ? Int(word(16, as: UInt32.self)) : Int(word(24, as: UInt64.self))
         guard input.count >= headerSize + length else { return false }
         let flags = word(4, as: UInt16.self)
         let type = word(6, as: UInt16.self)

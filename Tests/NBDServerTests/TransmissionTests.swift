@@ -58,7 +58,8 @@ final class TestSink: RequestSink {
         let export = Export(
             name: "v", size: volume.size, isReadOnly: false, description: "")
         return Transmission(
-            volume: volume, agreement: Agreement(export: export, format: format), contexts: VolumeContexts(),
+            volume: volume, agreement: Agreement(export: export, format: format),
+            contexts: VolumeContexts(),
             dataBlockSize: 64 << 10, buffers: buffers, owner: 5)
     }
 

@@ -112,7 +112,8 @@ final class SimulatedReactor {
         if index == places.count { places.append(nil) }
         let connection = Connection(
             socket: -1, index: index, generation: 0, peer: "a simulated client",
-            exports: PoolExports(pool: pool, settings: .init(), isReadOnly: isReadOnly), buffers: buffers, tick: 0,
+            exports: PoolExports(pool: pool, settings: .init(), isReadOnly: isReadOnly),
+            buffers: buffers, tick: 0,
             handshakeDeadline: .max)
         places[index] = Place(connection: connection, wire: wire)
         connection.begin(self)
