@@ -48,6 +48,9 @@ public final class PoolServer {
         for name in tls?.requiredExports.subtracting(names).sorted() ?? [] {
             logger.warning("there is no volume \(name) yet, whose clients have to use TLS")
         }
+        if let name = options.defaultExport, !names.contains(name) {
+            logger.warning("there is no volume \(name) yet, the default export")
+        }
         server = Server(pool: local.pool, configuration: configuration, logger: logger)
         describe(local)
     }
