@@ -1,7 +1,7 @@
 // Which requests are carried out. One function decides; a refusal has one sentence and one error.
 
 /// Why a request is refused.
-public enum Refusal: UInt8, CaseIterable, Sendable, CustomStringConvertible {
+public enum Refusal: UInt8, CaseIterable, Sendable, Codable, CustomStringConvertible {
     case unknownCommand
     case unknownFlags
     case readOnly

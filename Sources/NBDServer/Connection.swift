@@ -280,26 +280,26 @@ package final class Connection {
         }
     }
 
-    /// The connection as another server can go on with it; nil: it has to end.
-    func carried() -> CarriedConnection? {
+    /// The connection as another server can go on with it.
+    /// - Precondition: `canBeCarried`.
+    package func carried() -> CarriedConnection {
         guard let transmission else {
             return CarriedConnection(
                 socket: socket, stage: .handshake(handshake),
                 input: Data(greetingInput[greetingStart..<greetingEnd]),
                 tls: usesKernelTLS ? tlsSummary : nil)
         }
-        guard transmission.canBeCarried else { return nil }
         return CarriedConnection(
             socket: socket,
             stage: .transmission(
                 exportName: exportName!, format: transmission.format,
-                contexts: exports.contexts.selected),
+                contexts: exports.contexts.selected, refused: transmission.refused),
             input: Data(transmission.carriedInput() + carriedInput),
             tls: usesKernelTLS ? tlsSummary : nil)
     }
 
     /// The socket comes from another server.
-    func begin(with carried: CarriedConnection, _ sink: some RequestSink) {
+    package func begin(with carried: CarriedConnection, _ sink: some RequestSink) {
         if let summary = carried.tls {
             tlsSummary = summary
             kernelGoodbye = KernelTLS.Goodbye()
@@ -311,7 +311,7 @@ package final class Connection {
             greetingInput.copyBytes(from: carried.input)
             greetingEnd = carried.input.count
             advanceHandshake(sink)
-        case .transmission(let name, let format, let contexts):
+        case .transmission(let name, let format, let contexts, let refused):
             guard case .opened(let export) = exports.open(name, contexts: contexts) else {
                 return breakOff("export \(name) cannot be opened again")
             }
@@ -319,6 +319,7 @@ package final class Connection {
             carriedInput = [UInt8](carried.input)[...]
             enterTransmission(
                 Agreement(export: export, format: format, contexts: contexts), sink)
+            if let refused { transmission!.takeOver(refused) }
             takeCarriedInput(sink)
         }
     }

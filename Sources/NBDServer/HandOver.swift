@@ -22,10 +22,12 @@ public struct HandOver: Codable, Sendable {
 }
 
 /// A connection between two messages or in the middle of one.
-struct CarriedConnection: Codable, Sendable {
+package struct CarriedConnection: Codable, Sendable {
     enum Stage: Codable, Sendable {
         case handshake(Handshake)
-        case transmission(exportName: String, format: WireFormat, contexts: [MetaContext])
+        case transmission(
+            exportName: String, format: WireFormat, contexts: [MetaContext],
+            refused: Transmission.Refused?)
     }
     var socket: Int32
     var stage: Stage

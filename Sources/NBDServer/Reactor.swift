@@ -430,7 +430,8 @@ final class Reactor {
             metadata: [
                 "peer": "\(connection.peer)", "export": "\(connection.exportName ?? "none")",
             ])
-        connection.closeVolume()
+        // A carried one's stays open, so that nobody deletes it before the next server has it.
+        if !connection.isCarried { connection.closeVolume() }
         connections[connection.index] = nil
         freeIndices.append(connection.index)
         connectionCount -= 1
@@ -749,10 +750,9 @@ final class Reactor {
     }
 
     private func carry(_ connection: Connection) {
-        if let carried = connection.carried() {
-            connection.isCarried = true
-            shared.carried.withLock { $0.connections.append(carried) }
-        }
+        connection.isCarried = true
+        let carried = connection.carried()
+        shared.carried.withLock { $0.connections.append(carried) }
         connection.breakOff(nil)
     }
 }

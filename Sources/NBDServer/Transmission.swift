@@ -220,14 +220,37 @@ package final class Transmission {
         buffers.stopWaiting(owner)
     }
 
-    /// Nothing of what has arrived has been thrown away.
-    var canBeCarried: Bool { discardedSlot == Self.noSlot }
+    /// A refused request whose payload has not all arrived.
+    struct Refused: Codable {
+        var cookie: UInt64
+        var offset: UInt64
+        var refusal: Refusal
+        /// Bytes of the payload that are still to come.
+        var missing: UInt64
+    }
+
+    var refused: Refused? {
+        guard discardedSlot != Self.noSlot else { return nil }
+        let slot = slots[Int(discardedSlot)]
+        return Refused(
+            cookie: slot.cookie, offset: slot.offset, refusal: discardedRefusal,
+            missing: discarding)
+    }
+
+    /// Goes on where another server was.
+    /// - Precondition: nothing has been received.
+    func takeOver(_ refused: Refused) {
+        precondition(occupied == 0 && inputEnd == 0)
+        discardedSlot = takeSlot(
+            RequestHeader(
+                flags: [], command: 0, cookie: refused.cookie, offset: refused.offset, length: 0))
+        discardedRefusal = refused.refusal
+        discarding = refused.missing
+    }
 
     /// Everything that has arrived and was not acted on, as it arrived.
-    /// - Precondition: `canBeCarried`.
     func carriedInput() -> [UInt8] {
         precondition(isPaused && isReading && inFlight == 0 && replies.isEmpty && !receivingInPlace)
-        precondition(canBeCarried, "what was thrown away cannot be told")
         var bytes: [UInt8] = []
         if partial != Self.noSlot {
             bytes = [UInt8](repeating: 0, count: headerSize)

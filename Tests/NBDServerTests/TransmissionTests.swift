@@ -290,11 +290,13 @@ final class TestSink: RequestSink {
         var output: [UInt8] = []
         var handedOver = 0
         while position < stream.count || !sink.waiting.isEmpty || transmission.hasReplies {
-            if handsOver, transmission.canBeCarried, Int.random(in: 0..<20, using: &random) == 0 {
+            if handsOver, Int.random(in: 0..<20, using: &random) == 0 {
                 let input = carry(transmission, sink, &output)
+                let refused = transmission.refused
                 transmission.breakOff(isSending: false)
                 #expect(transmission.occupied == 0)
                 transmission = makeTransmission(format)
+                if let refused { transmission.takeOver(refused) }
                 // What it had received is received again, and no more than that.
                 stream.replaceSubrange(position - input.count..<position, with: input)
                 position -= input.count

@@ -55,6 +55,8 @@ public final class World {
     /// Why the pool failed with no fault in sight, and whatever else may never happen.
     var wrong: WorldFailure?
     var clientsMade = 0
+    /// The server takes no connections: they wait for the next one.
+    var isHandingOver = false
     /// Faults of the metadata disk when the pool failed.
     var metadataStruckAtFailure = 0
     /// The pool is open read-only.
@@ -157,7 +159,7 @@ public final class World {
         case 13..<17 where options.deletions:
             if let model = randomModel() { delete(model) }
         case 17..<19:
-            try reopen()
+            if random.oneIn(2) { try reopen() } else { try handOver() }
         case 19..<21 where options.powerCuts:
             try crash(keepingCaches: false)
         case 21..<23 where options.kills:
@@ -263,7 +265,7 @@ public final class World {
             reactor.passTime()
             if reactor.isAwake { choices.append { reactor.turn {} } }
             if !reactor.io.pending.isEmpty { choices.append { self.completeData(reactor) } }
-            if arrivals.contains(where: { $0.reactor == number }) {
+            if !isHandingOver, arrivals.contains(where: { $0.reactor == number }) {
                 choices.append {
                     let index = self.arrivals.firstIndex { $0.reactor == number }!
                     let wire = self.arrivals.remove(at: index).wire

@@ -156,6 +156,7 @@ public struct WorldCounts: Sendable {
     public var grows = 0
     public var checks = 0
     public var reopens = 0
+    public var handOvers = 0
     public var reconnects = 0
     /// Requests that had to be refused.
     public var refused = 0
@@ -190,7 +191,8 @@ public struct WorldCounts: Sendable {
             ("requests", \.requests), ("queries", \.queries), ("commits", \.commits),
             ("snapshots", \.snapshots),
             ("deletions", \.deletions), ("growths", \.grows), ("checks", \.checks),
-            ("reopenings", \.reopens), ("reconnections", \.reconnects),
+            ("reopenings", \.reopens), ("restarts in place", \.handOvers),
+            ("reconnections", \.reconnects),
             ("refusals", \.refused), ("read-only times", \.readOnlyTimes),
             ("pools filled", \.fills),
             ("out of space", \.outOfSpace), ("power cuts", \.powerCuts), ("kills", \.kills),

@@ -38,6 +38,8 @@ final class SimulatedReactor {
     private let buffers = BufferPool(capacity: BufferPool.largest)
     private(set) var places: [Place?] = []
     private(set) var isAwake = false
+    /// What it leaves to the next server.
+    private(set) var carried: [(state: CarriedConnection, wire: Wire)] = []
     /// Some volume may be opened again: all reactors are to be woken.
     var hasUnfenced = false
     /// Told of every write that the engine has done, in a turn that began after the pool's failure.
@@ -107,7 +109,7 @@ final class SimulatedReactor {
 
     func wake() { isAwake = true }
 
-    func adopt(_ wire: Wire) {
+    func adopt(_ wire: Wire, _ carried: CarriedConnection? = nil) {
         let index = places.firstIndex { $0 == nil } ?? places.count
         if index == places.count { places.append(nil) }
         let connection = Connection(
@@ -116,7 +118,11 @@ final class SimulatedReactor {
             buffers: buffers, tick: 0,
             handshakeDeadline: .max)
         places[index] = Place(connection: connection, wire: wire)
-        connection.begin(self)
+        if let carried {
+            connection.begin(with: carried, self)
+        } else {
+            connection.begin(self)
+        }
     }
 
     func complete(_ tag: UInt64, _ result: Int32) { engine.complete(tag: tag, result: result) }
@@ -173,6 +179,12 @@ final class SimulatedReactor {
         guard let place = places[index] else { return }
         let connection = place.connection
         if connection.isDrained { connection.breakOff(nil) }
+        if connection.canBeCarried {
+            carried.append((connection.carried(), place.wire))
+            connection.breakOff(nil)
+            places[index] = nil
+            return
+        }
         if connection.phase == .closed {
             if !place.wire.isClosedByServer, place.receiving != nil { place.patience = 30 }
             place.wire.isClosedByServer = true
@@ -195,6 +207,26 @@ final class SimulatedReactor {
     /// The server is told to stop.
     func stop() {
         turn { for place in places { place?.connection.stop() } }
+    }
+
+    /// The server is told to give its place to another.
+    func pause() {
+        turn {
+            for case let place? in places {
+                place.connection.pause()
+                guard place.receiving != nil else { continue }
+                place.receiving = nil
+                place.connection.isReceiving = false
+                place.connection.receivingCancelled(self)
+            }
+        }
+    }
+
+    /// It ends without having done so.
+    func breakOff() {
+        turn { for place in places { place?.connection.breakOff(nil) } }
+        for (_, wire) in carried { wire.isClosedByServer = true }
+        carried = []
     }
 
     func close() { engine.close() }
