@@ -65,6 +65,8 @@ final class Reactor {
     private let tickNanoseconds: UInt64
     private var tick: UInt64 = 0
     private var isTicking = false
+    /// Between the last two ticks somebody found no memory for a payload.
+    private var memoryIsShort = false
     private var stopDeadline: UInt64?
     /// `off` once the kernel is known to have no TLS.
     private var kernelTLS: KernelTLSUse
@@ -327,7 +329,7 @@ final class Reactor {
             settle(connection)
         }
         markedCount = 0
-        if buffers.hasWaiters { startTicking() }
+        if buffers.isShort { startTicking() }
     }
 
     /// Starts what the connection wants to be done next.
@@ -646,12 +648,13 @@ final class Reactor {
     private func ticked() {
         isTicking = false
         tick += 1
+        memoryIsShort = buffers.takeShortage()
         var goesOn = stopDeadline != nil
         for index in 0..<capacity {
             guard let connection = connections[index] else { continue }
             if watch(connection) { goesOn = true }
         }
-        if goesOn || buffers.hasWaiters { startTicking() }
+        if goesOn || memoryIsShort { startTicking() }
     }
 
     /// Ends the connection if one of its deadlines has passed; true if it has any.
@@ -672,7 +675,7 @@ final class Reactor {
             return true
         case .transmission:
             let canBeIdle = watchIdleness(of: connection)
-            guard connection.phase == .transmission, buffers.hasWaiters,
+            guard connection.phase == .transmission, memoryIsShort,
                 connection.isHoardingMemory
             else {
                 connection.watchedSince = tick

@@ -611,7 +611,8 @@ package final class Transmission {
             guard payloadBytes == 0 || payloadBytes + length <= Self.payloadLimit else {
                 return nil
             }
-            payload = buffers.take(length, for: owner)
+            let holdsNothing = payloadBytes == 0
+            payload = buffers.take(length, for: owner, holdsNothing: holdsNothing)
             if payload == nil { return nil }
         }
         inputStart += headerSize

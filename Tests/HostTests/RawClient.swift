@@ -6,10 +6,10 @@ func bigEndianBytes(_ word: some FixedWidthInteger) -> [UInt8] {
     withUnsafeBytes(of: word.bigEndian) { Array($0) }
 }
 
-/// One connection, past the handshake. Numbers here are the protocol's, written out once more:
-/// this is a second opinion.
-final class RawClient {
-    private let socket: Int32
+/// One connection. Numbers here are the protocol's, written out once more: this is a second opinion.
+/// Used by one thread at a time.
+final class RawClient: @unchecked Sendable {
+    private var socket: Int32
 
     static let read: UInt16 = 0
     static let write: UInt16 = 1
@@ -18,6 +18,7 @@ final class RawClient {
     static let trim: UInt16 = 4
     static let cache: UInt16 = 5
     static let writeZeroes: UInt16 = 6
+    static let blockStatus: UInt16 = 7
     static let requestMagic: UInt32 = 0x2560_9513
     private static let patience = 20
 
@@ -76,22 +77,69 @@ final class RawClient {
     /// The handshake; false: GO is refused.
     func choose(_ export: String) throws -> Bool {
         _ = try receive(18)
-        let name = Array(export.utf8)
-        try send(
-            bigEndianBytes(UInt32(3)) + Array("IHAVEOPT".utf8) + bigEndianBytes(UInt32(7))
-                + bigEndianBytes(UInt32(6 + name.count)) + bigEndianBytes(UInt32(name.count)) + name
-                + bigEndianBytes(UInt16(0)))
-        while true {
-            let header = try receive(20)
-            let type = UInt32(Self.word(header[12..<16]))
-            _ = try receive(Int(Self.word(header[16..<20])))
-            if type == 1 { return true }
-            if type & 1 << 31 != 0 { return false }
-            guard type == 3 else { throw Failure("GO is answered with \(type)") }
-        }
+        try send(Self.clientFlags + Self.go(export))
+        return try outcome() == Self.acknowledged
     }
 
-    deinit { close(socket) }
+    deinit { leave() }
+
+    /// How a client goes away.
+    enum Departure: CaseIterable {
+        /// The end of the stream.
+        case closed
+        /// What the server still sends cannot be delivered, and it is told so.
+        case reset
+    }
+
+    /// - Note: a Unix socket is reset only if something was not read.
+    func leave(_ departure: Departure = .closed) {
+        guard socket >= 0 else { return }
+        if departure == .reset {
+            var linger = linger(l_onoff: 1, l_linger: 0)
+            let length = socklen_t(MemoryLayout.size(ofValue: linger))
+            setsockopt(socket, SOL_SOCKET, SO_LINGER, &linger, length)
+        }
+        close(socket)
+        socket = -1
+    }
+
+    /// Nothing more will be sent.
+    func endSending() { shutdown(socket, Int32(SHUT_WR)) }
+
+    /// Sends as much as the server takes: until it has taken nothing for a while.
+    @discardableResult
+    func stuff(_ bytes: [UInt8]) -> Int {
+        var sent = 0
+        while sent < bytes.count {
+            let count = bytes.withUnsafeBytes {
+                Glibc.send(
+                    socket, $0.baseAddress! + sent, bytes.count - sent,
+                    Int32(MSG_NOSIGNAL) | Int32(MSG_DONTWAIT))
+            }
+            if count > 0 {
+                sent += count
+                continue
+            }
+            guard errno == EAGAIN else { break }
+            var state = pollfd(fd: socket, events: Int16(POLLOUT), revents: 0)
+            if poll(&state, 1, Self.stuffedMilliseconds) <= 0 { break }
+        }
+        return sent
+    }
+
+    private static let stuffedMilliseconds: Int32 = 100
+
+    /// What the server says until it hangs up, but not more than `most` bytes.
+    func receiveAll(most: Int = 1 << 20) -> [UInt8] {
+        var bytes: [UInt8] = []
+        var piece = [UInt8](repeating: 0, count: 64 << 10)
+        while bytes.count < most {
+            let count = recv(socket, &piece, min(piece.count, most - bytes.count), 0)
+            guard count > 0 else { break }
+            bytes += piece[..<count]
+        }
+        return bytes
+    }
 
     static func word(_ bytes: some Sequence<UInt8>) -> UInt64 {
         bytes.reduce(0) { $0 << 8 | UInt64($1) }

@@ -68,4 +68,33 @@ private let megabyte = 1 << 20
         for buffer in held[4...] { pool.give(buffer, length: 4 * megabyte) }
         #expect(pool.inUse == 0)
     }
+
+    /// All memory is held, and many wait for more: small requests go on, one for each who has none.
+    @Test func placesForSmallRequests() throws {
+        let pool = BufferPool(capacity: 32 * megabyte)
+        let hoarded = try #require(pool.take(32 * megabyte, for: 1))
+        #expect(pool.take(32 * megabyte, for: 2, holdsNothing: true) == nil)
+        #expect(pool.take(BufferPool.placeSize + 1, for: 3, holdsNothing: true) == nil)
+        #expect(pool.take(4096, for: 4) == nil)
+        var places: [UnsafeMutableRawPointer] = []
+        for owner in 0..<BufferPool.placeCount {
+            let length = owner % 2 == 0 ? BufferPool.placeSize : 512
+            places.append(try #require(pool.take(length, for: 100 + owner, holdsNothing: true)))
+        }
+        for (index, place) in places.sorted(by: <).enumerated() where index > 0 {
+            #expect(place - places.min()! == index * BufferPool.placeSize)
+        }
+        // It holds something, and then no more.
+        #expect(pool.take(512, for: 5) == nil)
+        #expect(pool.take(512, for: 5, holdsNothing: true) == nil)
+        #expect(pool.nextServed == nil)
+        pool.give(places.removeLast(), length: 512)
+        #expect(pool.nextServed == 5)
+        places.append(try #require(pool.take(512, for: 5, holdsNothing: true)))
+        // Who was first for the rest still is.
+        pool.give(hoarded, length: 32 * megabyte)
+        #expect(pool.nextServed == 2)
+        for place in places { pool.give(place, length: 512) }
+        #expect(pool.nextServed == 2 && pool.inUse == 0)
+    }
 }
