@@ -26,7 +26,7 @@ extension Handshake {
             return nil
         case .info, .go:
             return answerQuery(option, data, &output, &exports)
-        case .structuredReply:
+        case .structuredReply where best >= .structured:
             guard data.isEmpty else { return refuseData(of: option, &output) }
             if format == .extended {
                 output.appendFailure(of: option, .extendedHeadersRequired)
@@ -34,7 +34,7 @@ extension Handshake {
                 format = .structured
                 output.appendReply(to: option, .ack)
             }
-        case .extendedHeaders:
+        case .extendedHeaders where best == .extended:
             guard data.isEmpty else { return refuseData(of: option, &output) }
             format = .extended
             output.appendReply(to: option, .ack)

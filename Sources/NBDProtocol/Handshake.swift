@@ -69,6 +69,8 @@ public struct Handshake: Sendable, Codable {
     static let listPiece = 8 << 10
 
     let tls: TLSPolicy
+    /// What the server speaks at most.
+    let best: WireFormat
     private var state = State.greeting
     private var isFixedNewstyle = false
     private(set) var noZeroes = false
@@ -80,8 +82,9 @@ public struct Handshake: Sendable, Codable {
     /// The part of the present unit (flags, header, data) that has arrived.
     private var unit: [UInt8] = []
 
-    public init(tls: TLSPolicy = .off) {
+    public init(tls: TLSPolicy = .off, upTo best: WireFormat = .extended) {
         self.tls = tls
+        self.best = best
     }
 
     /// Whether the session is between two messages, so that a client may leave without a word.
