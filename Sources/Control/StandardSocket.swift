@@ -2,6 +2,7 @@
 // transport, inetd.
 
 import Glibc
+import NBDServer
 
 public enum StandardSocket {
     private static let firstFree: Int32 = 3
@@ -9,7 +10,7 @@ public enum StandardSocket {
     /// The connected socket. Standard input and output are nothing any more afterwards, so that
     /// nobody writes text between replies.
     public static func take() throws(ControlError) -> Int32 {
-        guard option(SO_TYPE) == Int32(SOCK_STREAM.rawValue) else {
+        guard SocketName.option(STDIN_FILENO, SO_TYPE) == Int32(SOCK_STREAM.rawValue) else {
             throw ControlError(
                 .device,
                 """
@@ -35,11 +36,5 @@ public enum StandardSocket {
         else { throw ControlError(cannot: "take over", "standard input", errno) }
         close(nothing)
         return socket
-    }
-
-    private static func option(_ name: Int32) -> Int32? {
-        var value: Int32 = 0
-        var length = socklen_t(MemoryLayout<Int32>.size)
-        return getsockopt(STDIN_FILENO, SOL_SOCKET, name, &value, &length) == 0 ? value : nil
     }
 }

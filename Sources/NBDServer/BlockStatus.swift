@@ -47,12 +47,12 @@ struct StatusQuery {
 
     /// - Parameters:
     ///   - isSingle: one extent is enough (REQ_ONE).
-    ///   - blocks: of the range, rounded down; nil: not known yet.
-    init(_ contexts: VolumeContexts, isSingle: Bool, blocks: UInt64?) {
+    ///   - blocks: of the range, rounded down.
+    init(_ contexts: VolumeContexts, isSingle: Bool, blocks: UInt64) {
         self.contexts = contexts
         let most = Limits.maximumExtents / contexts.selected.count
         // A range touches up to two more blocks than fit into it, each of them one extent at most.
-        limit = isSingle ? 1 : Int(min(blocks ?? UInt64(most), UInt64(most - 2))) + 2
+        limit = isSingle ? 1 : Int(min(blocks, UInt64(most - 2))) + 2
         query = ExtentQuery(kinds: contexts.kinds, limit: limit)
     }
 

@@ -225,11 +225,13 @@ package final class Connection {
             return
         }
         transmission!.sent(count)
-        if phase == .transmission {
-            transmission!.resume(sink)
-            lookAtTransmission()
-            if !carriedInput.isEmpty { takeCarriedInput(sink) }
-        }
+        if phase == .transmission { resumeTransmission(sink) }
+    }
+
+    private func resumeTransmission(_ sink: some RequestSink) {
+        transmission!.resume(sink)
+        lookAtTransmission()
+        if !carriedInput.isEmpty { takeCarriedInput(sink) }
     }
 
     /// What the connection waited for, memory or its export, may be there.
@@ -237,9 +239,7 @@ package final class Connection {
         if phase == .handshake && isWaiting && !isPaused {
             advanceHandshake(sink)
         } else if phase == .transmission {
-            transmission!.resume(sink)
-            lookAtTransmission()
-            if !carriedInput.isEmpty { takeCarriedInput(sink) }
+            resumeTransmission(sink)
         }
         if let tls { decrypt(tls, sink) }
     }
@@ -283,19 +283,19 @@ package final class Connection {
     /// The connection as another server can go on with it.
     /// - Precondition: `canBeCarried`.
     package func carried() -> CarriedConnection {
-        guard let transmission else {
-            return CarriedConnection(
-                socket: socket, stage: .handshake(handshake),
-                input: Data(greetingInput[greetingStart..<greetingEnd]),
-                tls: usesKernelTLS ? tlsSummary : nil)
+        let stage: CarriedConnection.Stage
+        let input: Data
+        if let transmission {
+            stage = .transmission(
+                exportName: exportName!, format: transmission.format,
+                contexts: exports.contexts.selected, refused: transmission.refused)
+            input = Data(transmission.carriedInput() + carriedInput)
+        } else {
+            stage = .handshake(handshake)
+            input = Data(greetingInput[greetingStart..<greetingEnd])
         }
         return CarriedConnection(
-            socket: socket,
-            stage: .transmission(
-                exportName: exportName!, format: transmission.format,
-                contexts: exports.contexts.selected, refused: transmission.refused),
-            input: Data(transmission.carriedInput() + carriedInput),
-            tls: usesKernelTLS ? tlsSummary : nil)
+            socket: socket, stage: stage, input: input, tls: usesKernelTLS ? tlsSummary : nil)
     }
 
     /// The socket comes from another server.

@@ -28,6 +28,8 @@ package struct PoolExports: ExportDirectory {
     private(set) var contexts = VolumeContexts()
     private var bases: [Volume] = []
 
+    /// The contexts that every export has.
+    private static let contextsOfAll = [MetaContext.allocation, WaferContext.shared]
     /// Names of contexts that a list of all of them shows.
     private static let mostListedBases = 100
 
@@ -45,10 +47,6 @@ package struct PoolExports: ExportDirectory {
     package mutating func close() {
         if let opened { pool.close(opened) }
         opened = nil
-        closeBases()
-    }
-
-    private mutating func closeBases() {
         for base in bases { pool.close(base) }
         bases = []
         contexts = VolumeContexts()
@@ -72,21 +70,19 @@ package struct PoolExports: ExportDirectory {
             pool.close(volume)
             return .busy
         }
+        opened = volume
         for context in contexts {
             guard let kind = kind(of: context.name) else {
-                pool.close(volume)
-                closeBases()
+                close()
                 return .refused("what \(context.name) compares with has been deleted")
             }
             self.contexts.append(context, kind)
         }
         // Last, because who is not refused counts.
         if let reason = refusal(volume.name) {
-            pool.close(volume)
-            closeBases()
+            close()
             return .refused(reason)
         }
-        opened = volume
         return .opened(export(volume))
     }
 
@@ -123,7 +119,7 @@ package struct PoolExports: ExportDirectory {
         with(name) { volume in
             let bases = pool.extentBases(of: volume, limit: Self.mostListedBases)
             let names =
-                [MetaContext.allocation, WaferContext.shared]
+                Self.contextsOfAll
                 + bases.map { WaferContext.changedSince + $0 }
             return names.filter { $0.hasPrefix(prefix) }
         } ?? []
@@ -131,7 +127,7 @@ package struct PoolExports: ExportDirectory {
 
     package func hasContext(_ context: String, of name: String) -> Bool {
         if let base = WaferContext.base(context) { return pool.volumeSize(base) != nil }
-        return [MetaContext.allocation, WaferContext.shared].contains(context)
+        return Self.contextsOfAll.contains(context)
     }
 
     private mutating func kind(of context: String) -> ExtentKind? {

@@ -2,7 +2,7 @@
 
 import Glibc
 
-enum SocketName {
+package enum SocketName {
     /// getsockname or getpeername.
     typealias Call = (
         Int32, UnsafeMutablePointer<sockaddr>?, UnsafeMutablePointer<socklen_t>?
@@ -12,7 +12,7 @@ enum SocketName {
     static func family(of socket: Int32) -> Int32 { option(socket, SO_DOMAIN) ?? -1 }
 
     /// One of the socket's options that are numbers; nil: it has none such, or is no socket.
-    static func option(_ socket: Int32, _ name: Int32) -> Int32? {
+    package static func option(_ socket: Int32, _ name: Int32) -> Int32? {
         var value: Int32 = 0
         var length = socklen_t(MemoryLayout<Int32>.size)
         return getsockopt(socket, SOL_SOCKET, name, &value, &length) == 0 ? value : nil

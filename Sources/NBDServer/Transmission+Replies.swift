@@ -15,6 +15,10 @@ extension Transmission {
         ChunkHeader(extended: format == .extended, cookie: cookie, offset: offset)
     }
 
+    private func chunkHeader(of slot: UnsafeMutablePointer<Slot>) -> ChunkHeader {
+        chunkHeader(cookie: slot.pointee.cookie, offset: slot.pointee.offset)
+    }
+
     /// Success; the payload follows if the slot answers with it.
     @inline(__always)
     func reply(_ index: Int32, _ error: WireError) {
@@ -26,7 +30,7 @@ extension Transmission {
             SimpleReply.write(
                 to: replies.appendHeader(size), error: error, cookie: slot.pointee.cookie)
         } else {
-            let chunk = chunkHeader(cookie: slot.pointee.cookie, offset: slot.pointee.offset)
+            let chunk = chunkHeader(of: slot)
             if length == 0 {
                 size = chunk.size
                 chunk.writeNone(to: replies.appendHeader(size))
@@ -45,7 +49,7 @@ extension Transmission {
     func reply(_ index: Int32, _ error: WireError, _ text: StaticString) {
         if format == .simple { return reply(index, error) }
         guard let slot = slotToAnswer(index) else { return }
-        let chunk = chunkHeader(cookie: slot.pointee.cookie, offset: slot.pointee.offset)
+        let chunk = chunkHeader(of: slot)
         let size = chunk.errorSize(text)
         let memory = UnsafeMutableRawPointer.allocate(byteCount: size, alignment: 8)
         chunk.writeError(to: memory, error, text)
@@ -57,7 +61,7 @@ extension Transmission {
     /// Data and holes of a read, by their offsets.
     func replyWithHoles(_ index: Int32) {
         guard let slot = slotToAnswer(index) else { return }
-        let chunk = chunkHeader(cookie: slot.pointee.cookie, offset: slot.pointee.offset)
+        let chunk = chunkHeader(of: slot)
         let list = holes! + Int(index)
         list.pointee.sort()
         let payload = slot.pointee.payload!
@@ -98,7 +102,7 @@ extension Transmission {
     /// The status of a range, in the buffer that was taken for it.
     func reply(_ index: Int32, _ query: StatusQuery) {
         guard let slot = slotToAnswer(index) else { return }
-        let chunk = chunkHeader(cookie: slot.pointee.cookie, offset: slot.pointee.offset)
+        let chunk = chunkHeader(of: slot)
         let memory = slot.pointee.payload!
         let size = query.write(to: memory, chunk)
         precondition(size <= slot.pointee.payloadLength, "more extents than were asked for")

@@ -392,34 +392,43 @@ package final class Transmission {
     // MARK: - Block status
 
     private func beginStatus(_ header: RequestHeader, _ sink: some RequestSink) -> Bool {
-        let hasPayload = header.flags.contains(.payloadLength)
-        if hasPayload && header.length > UInt64(StatusPayload.maximumSize) {
-            refuse(header, .damagedStatusPayload)
-            return true
-        }
-        let query = StatusQuery(
-            contexts, isSingle: header.flags.contains(.requestOne),
-            blocks: hasPayload ? nil : header.length / rules.dataBlockSize)
         let chunk = chunkHeader(cookie: header.cookie, offset: header.offset)
-        let room =
-            hasPayload
-            ? StatusQuery.longestReply(contexts, chunk)
-            : query.replySize(chunk)
-        guard let index = takeSlot(header, payload: room) else { return false }
-        slots[Int(index)].asksForStatus = true
+        if header.flags.contains(.payloadLength) {
+            guard (1...UInt64(StatusPayload.maximumSize)).contains(header.length) else {
+                refuse(header, .damagedStatusPayload)
+                return true
+            }
+            let room = StatusQuery.longestReply(contexts, chunk)
+            guard let index = takeSlot(header, payload: room) else { return false }
+            slots[Int(index)].asksForStatus = true
+            expectsLongWrite = false
+            awaitPayload(of: header, in: index, length: Int(header.length))
+        } else {
+            let query = statusQuery(contexts, header)
+            guard let index = takeSlot(header, payload: query.replySize(chunk)) else {
+                return false
+            }
+            slots[Int(index)].asksForStatus = true
+            expectsLongWrite = false
+            submit(index, header, query, sink)
+        }
+        return true
+    }
+
+    private func statusQuery(_ contexts: VolumeContexts, _ header: RequestHeader) -> StatusQuery {
+        StatusQuery(
+            contexts, isSingle: header.flags.contains(.requestOne),
+            blocks: header.length / rules.dataBlockSize)
+    }
+
+    private func submit(
+        _ slot: Int32, _ header: RequestHeader, _ query: StatusQuery, _ sink: some RequestSink
+    ) {
         if statusQueries.isEmpty {
             statusQueries = Array(repeating: nil, count: Self.slotCount)
         }
-        statusQueries[Int(index)] = query
-        expectsLongWrite = false
-        if hasPayload && header.length > 0 {
-            awaitPayload(of: header, in: index, length: Int(header.length))
-        } else if hasPayload {
-            reply(index, .damagedStatusPayload)
-        } else {
-            submit(index, header, .blockStatus, sink)
-        }
-        return true
+        statusQueries[Int(slot)] = query
+        submit(slot, header, .blockStatus, sink)
     }
 
     /// The payload names contexts, and how long the range is.
@@ -432,12 +441,9 @@ package final class Transmission {
         if let refusal = rules.statusRefusal(offset: header.offset, length: payload.length) {
             return reply(slot, refusal)
         }
-        statusQueries[Int(slot)] = StatusQuery(
-            contexts.only(payload.contexts), isSingle: header.flags.contains(.requestOne),
-            blocks: payload.length / rules.dataBlockSize)
         var header = header
         header.length = payload.length
-        submit(slot, header, .blockStatus, sink)
+        submit(slot, header, statusQuery(contexts.only(payload.contexts), header), sink)
     }
 
     /// Copies what has arrived of the payload; false: some is missing.

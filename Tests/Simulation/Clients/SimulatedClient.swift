@@ -126,17 +126,14 @@ final class SimulatedClient {
         acknowledgements = format == .simple ? 0 : 1
         if format != .simple {
             let option = format == .structured ? OptionCode.structuredReply : .extendedHeaders
-            wire.toServer.append(big: Magic.option)
-            wire.toServer.append(big: option.rawValue)
-            wire.toServer.append(big: UInt32(0))
+            wire.toServer.append(option: option)
         }
         let name = Array(model.name.utf8)
-        wire.toServer.append(big: Magic.option)
-        wire.toServer.append(big: OptionCode.go.rawValue)
-        wire.toServer.append(big: UInt32(4 + name.count + 2))
-        wire.toServer.append(big: UInt32(name.count))
-        wire.toServer += name
-        wire.toServer.append(big: UInt16(0))
+        var query: [UInt8] = []
+        query.append(big: UInt32(name.count))
+        query += name
+        query.append(big: UInt16(0))
+        wire.toServer.append(option: .go, query)
     }
 
     func send(_ request: SentRequest) {
@@ -261,10 +258,7 @@ extension SimulatedClient {
     /// Sends what somebody sends who wants no volume, or does not know how to ask for one.
     static func visit(_ wire: Wire, _ way: Int) {
         func option(_ code: OptionCode, _ data: [UInt8] = []) {
-            wire.toServer.append(big: Magic.option)
-            wire.toServer.append(big: code.rawValue)
-            wire.toServer.append(big: UInt32(data.count))
-            wire.toServer += data
+            wire.toServer.append(option: code, data)
         }
         wire.toServer.append(big: ClientFlag.fixedNewstyle | ClientFlag.noZeroes)
         switch way {
@@ -290,6 +284,13 @@ extension SimulatedClient {
 extension Array where Element == UInt8 {
     mutating func append(big value: some FixedWidthInteger) {
         Swift.withUnsafeBytes(of: value.bigEndian) { append(contentsOf: $0) }
+    }
+
+    mutating func append(option code: OptionCode, _ data: [UInt8] = []) {
+        append(big: Magic.option)
+        append(big: code.rawValue)
+        append(big: UInt32(data.count))
+        append(contentsOf: data)
     }
 }
 
