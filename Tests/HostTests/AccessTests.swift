@@ -175,7 +175,10 @@ import Testing
     @Test func timeouts() throws {
         let pool = try TestPool(volumes: [("vol", mebibyte)])
         let server = try Server(
-            pool, options: ["--handshake-timeout", "0.5", "--idle-timeout", "1.5"])
+            pool,
+            options: [
+                "--handshake-timeout", AttackedServer.handshakeSeconds, "--idle-timeout", "1.5",
+            ])
         let silent = try RawClient(server)
         let idle = try RawClient(server, "vol")
         let busy = try Client(server, "vol")

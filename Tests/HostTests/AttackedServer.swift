@@ -17,6 +17,9 @@ final class AttackedServer: Sendable {
     static let sanitizer = ProcessInfo.processInfo.environment["WAFER_SANITIZER"]
     /// How long something may take that is done at once, on a machine that does other things, too.
     static let soon = sanitizer == nil ? 5.0 : 15.0
+    /// What a handshake may take where its end is waited for: little, but not so little that a client
+    /// that behaves would be late.
+    static let handshakeSeconds = sanitizer == nil ? "1" : "5"
 
     init(
         _ options: [String] = [], volumes: [(String, UInt64)] = [(volume, size)],
