@@ -59,7 +59,7 @@ public final class PoolServer {
         _ directory: PoolDirectory, _ local: LocalPool, _ options: ServeOptions, allowRing: Bool
     ) -> Server.Configuration {
         var configuration = Server.Configuration(dataFileDescriptor: local.data.fileDescriptor)
-        configuration.dataIsInMemory = local.data.isInMemory
+        configuration.dataInMemory = MemoryFile(local.data)
         configuration.dataIsRotational = local.data.isRotational
         configuration.allowRing = allowRing
         configuration.readOnly = options.pool.readOnly

@@ -12,7 +12,7 @@ import ThinPool
 final class QueueDataIO: DataIO {
     private let queue: any IOQueue
     private let fd: Int32
-    private let isInMemory: Bool
+    private let memory: MemoryFile?
 
     /// A zeroing that is done by writing: where it is, and what is left.
     private struct Zeroing {
@@ -26,8 +26,6 @@ final class QueueDataIO: DataIO {
 
     /// One I/O of a zeroing by writing.
     static let pieceSize = 1 << 20
-    /// What is copied at once where I/O is a copy: some 15 µs.
-    private static let copySize = 128 << 10
     /// Zeroings at once; more wait. Zeroing is rare, and each may be 4 GiB.
     private static let zeroingCount = 64
 
@@ -38,10 +36,10 @@ final class QueueDataIO: DataIO {
     /// The file system said that it cannot zero a range; it is not asked again.
     private var lacksZeroRange = false
 
-    init(queue: any IOQueue, fd: Int32, isInMemory: Bool) {
+    init(queue: any IOQueue, fd: Int32, memory: MemoryFile?) {
         self.queue = queue
         self.fd = fd
-        self.isInMemory = isInMemory
+        self.memory = memory
         zeroings = .allocate(capacity: Self.zeroingCount)
         for index in 0..<Self.zeroingCount {
             (zeroings + index).initialize(to: Zeroing(nextFree: Int32(index + 1)))
@@ -54,25 +52,20 @@ final class QueueDataIO: DataIO {
     }
 
     func read(
-        at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int, tag: UInt64
+        at offset: UInt64, into target: UnsafeMutableRawPointer, length: Int, tag: UInt64
     ) -> Int32? {
-        if isInMemory {
-            return FileIO.read(fd, at: offset, into: memory, length: min(length, Self.copySize))
-        }
-        queue.read(fd, at: offset, into: memory, length: length, tag: tag | Tag.engineBit)
+        if let memory { return memory.read(at: offset, into: target, length: length) }
+        queue.read(fd, at: offset, into: target, length: length, tag: tag | Tag.engineBit)
         return nil
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
+        tag: UInt64
     ) -> Int32? {
         // Nothing in memory survives a power cut, so nothing can be made to.
-        if isInMemory {
-            guard vectors[0].iov_len > Self.copySize else {
-                return FileIO.write(fd, at: offset, vectors: vectors, count: count)
-            }
-            var first = iovec(iov_base: vectors[0].iov_base, iov_len: Self.copySize)
-            return FileIO.write(fd, at: offset, vectors: &first, count: 1)
+        if let memory {
+            return memory.write(at: offset, vectors: vectors, count: count, isNew: isNew)
         }
         queue.write(
             fd, at: offset, vectors: vectors, count: count, durable: durable,
@@ -81,7 +74,7 @@ final class QueueDataIO: DataIO {
     }
 
     func flush(tag: UInt64) -> Int32? {
-        if isInMemory { return FileIO.flush(fd) }
+        if let memory { return memory.flush() }
         queue.flush(fd, tag: tag | Tag.engineBit)
         return nil
     }
@@ -89,7 +82,11 @@ final class QueueDataIO: DataIO {
     func isHole(at offset: UInt64, length: UInt64) -> Bool {
         // On a disk whole blocks are worth their zeroes: the file stays in one piece, and later writes
         // to the block find their space allocated.
-        isInMemory && FileIO.isHole(fd, at: offset, length: length)
+        memory?.isHole(at: offset, length: length) ?? false
+    }
+
+    func contents(at offset: UInt64, length: Int) -> UnsafeMutableRawPointer? {
+        memory?.contents(at: offset, length: length)
     }
 
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {

@@ -114,7 +114,7 @@ final class Reactor {
         }
         data = QueueDataIO(
             queue: queue, fd: configuration.dataFileDescriptor,
-            isInMemory: configuration.dataIsInMemory)
+            memory: configuration.dataInMemory)
         engine = VolumeIO(pool: shared.pool, io: data, wake: { mailbox.nudge() })
         buffers = BufferPool(
             capacity: max(

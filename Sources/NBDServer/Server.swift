@@ -54,8 +54,8 @@ public final class Server {
         public var payloadBytesTotal = 256 << 20
         /// The pool's data device, open for reading and writing. Stays the caller's.
         public var dataFileDescriptor: Int32
-        /// It is a file in memory: its I/O is done at once, not queued.
-        public var dataIsInMemory = false
+        /// The same, if it is a file in memory: its I/O is done at once, not queued.
+        public var dataInMemory: MemoryFile?
         /// Use io_uring where the system has it.
         public var allowRing = true
         /// A client has to have chosen its export after this long.

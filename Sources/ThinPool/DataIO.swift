@@ -10,9 +10,11 @@ import Glibc
 /// lengths are bytes, multiples of 512.
 public protocol DataIO: AnyObject {
     func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) -> Int32?
+    /// `isNew`: the first write to the range, or to much of it, since its block was taken into use.
     /// `durable`: on stable storage when it completes (FUA).
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
+        tag: UInt64
     ) -> Int32?
     /// The result is 0.
     func flush(tag: UInt64) -> Int32?
@@ -20,6 +22,9 @@ public protocol DataIO: AnyObject {
     /// device was made or the range was discarded. Asked for blocks that nobody uses, just before
     /// they are filled. Does not wait for the device.
     func isHole(at offset: UInt64, length: UInt64) -> Bool
+    /// Where the range is in memory, if the device is there: a write may take it from there instead of
+    /// from a buffer that it was read into.
+    func contents(at offset: UInt64, length: Int) -> UnsafeMutableRawPointer?
     /// The range reads as zeroes afterwards and stays allocated. Completes with 0.
     func zero(at offset: UInt64, length: UInt64, tag: UInt64)
 }

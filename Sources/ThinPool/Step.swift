@@ -81,6 +81,8 @@ struct Step: BitwiseCopyable {
     /// Copy of a large block: bytes done so far.
     var copied = 0
     var bounce: UnsafeMutableRawPointer?
+    /// Where the old block's bytes are: in `bounce`, or where the device has them.
+    var contents: UnsafeMutableRawPointer?
 
     /// The I/O in flight: where it goes on, and what is left of it.
     var position: UInt64 = 0

@@ -157,6 +157,9 @@ extension VolumeIO {
         }
     }
 
+    /// A block is copied and written as a whole.
+    private var isSmall: Bool { Int(blockSize) <= pool.copyPiece }
+
     /// Sets up the I/O of the step's phase and queues it.
     private func start(_ index: Int32) {
         let step = steps[index]
@@ -168,13 +171,20 @@ extension VolumeIO {
             step.pointee.position = target + (whole ? 0 : UInt64(step.pointee.start))
             step.pointee.remaining = whole ? Int(blockSize) : step.pointee.length
         case .copyRead:
+            let old = step.pointee.oldBlock * blockSize
+            if isSmall, let contents = io.contents(at: old, length: Int(blockSize)) {
+                // Nobody writes to the old block: the step is pinned until it ends.
+                step.pointee.contents = contents
+                step.pointee.phase = .fill
+                return start(index)
+            }
             if step.pointee.bounce == nil {
                 guard let bounce = takeBounce(for: index) else { return }
                 step.pointee.bounce = bounce
+                step.pointee.contents = bounce
             }
             let piece = min(pool.copyPiece, Int(blockSize) - step.pointee.copied)
-            step.pointee.position =
-                step.pointee.oldBlock * blockSize + UInt64(step.pointee.copied)
+            step.pointee.position = old + UInt64(step.pointee.copied)
             step.pointee.remaining = piece
             step.pointee.vectors.0 = iovec(iov_base: step.pointee.bounce, iov_len: piece)
             step.pointee.vectorCount = 1
@@ -197,11 +207,10 @@ extension VolumeIO {
     private func setFillVectors(_ step: UnsafeMutablePointer<Step>, _ target: UInt64) {
         let start = step.pointee.start
         let length = step.pointee.length
-        let isSmall = Int(blockSize) <= pool.copyPiece
         if !isSmall || length == Int(blockSize) {
             return setUserVector(step, target)
         }
-        let around = step.pointee.copies ? step.pointee.bounce! : pool.zeroes
+        let around = step.pointee.copies ? step.pointee.contents! : pool.zeroes
         let end = start + length
         var pieces = (iovec(), iovec(), iovec())
         var count: Int32 = 0
@@ -250,7 +259,6 @@ extension VolumeIO {
     /// The next phase after a completed one (or the same again, when a buffer has become free).
     func continueFill(_ index: Int32) {
         let step = steps[index]
-        let isSmall = Int(blockSize) <= pool.copyPiece
         switch step.pointee.phase {
         case .copyRead where step.pointee.bounce == nil:
             break

@@ -443,14 +443,14 @@ public final class VolumeIO: @unchecked Sendable {
                 at: step.pointee.position, into: step.pointee.vectors.0.iov_base!,
                 length: step.pointee.remaining, tag: tag)
         case .transfer, .copyWrite, .fill:
-            let fua =
-                step.pointee.phase == .transfer && requests[step.pointee.request].pointee.fua
+            let isNew = step.pointee.phase != .transfer
+            let fua = !isNew && requests[step.pointee.request].pointee.fua
             let vectors =
                 (UnsafeMutableRawPointer(step) + MemoryLayout<Step>.offset(of: \Step.vectors)!)
                 .assumingMemoryBound(to: iovec.self)
             result = io.write(
                 at: step.pointee.position, vectors: vectors,
-                count: Int(step.pointee.vectorCount), durable: fua, tag: tag)
+                count: Int(step.pointee.vectorCount), isNew: isNew, durable: fua, tag: tag)
         case .zeroes, .clear:
             io.zero(
                 at: step.pointee.position, length: UInt64(step.pointee.remaining), tag: tag)

@@ -452,7 +452,8 @@ private final class EngineIO: DataIO {
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
+        tag: UInt64
     ) -> Int32? {
         var io = record(.write, offset, 0)
         io.isDurable = durable
@@ -471,6 +472,8 @@ private final class EngineIO: DataIO {
     }
 
     func isHole(at offset: UInt64, length: UInt64) -> Bool { false }
+
+    func contents(at offset: UInt64, length: Int) -> UnsafeMutableRawPointer? { nil }
 
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
         queue(record(.zero, offset, Int(length)), tag, [])

@@ -14,10 +14,12 @@ private final class NoDataIO: DataIO {
         nil
     }
     func write(
-        at: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+        at: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
+        tag: UInt64
     ) -> Int32? { nil }
     func flush(tag: UInt64) -> Int32? { nil }
     func isHole(at: UInt64, length: UInt64) -> Bool { false }
+    func contents(at: UInt64, length: Int) -> UnsafeMutableRawPointer? { nil }
     func zero(at: UInt64, length: UInt64, tag: UInt64) {}
 }
 

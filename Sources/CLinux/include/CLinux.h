@@ -43,6 +43,15 @@ int clinux_allocate(int fd, int mode, uint64_t offset, uint64_t length);
 /// pwritev2 of `count` struct iovec, again where a signal interrupted it: bytes.
 ptrdiff_t clinux_write_vectors(int fd, const void *vectors, int count, uint64_t offset, int flags);
 
+// MARK: - Files in memory
+
+/// Maps a file, NULL if that cannot be done.
+void *clinux_map_file(int fd, size_t length, bool writable);
+void clinux_unmap_file(void *memory, size_t length);
+/// Copies where one side is a mapped file: false if a page of it cannot be had, because the file
+/// was truncated or there is no memory. Some may have been copied then.
+bool clinux_copy_mapped(void *target, const void *source, size_t length);
+
 // MARK: - Block devices
 
 /// BLKGETSIZE64: bytes.

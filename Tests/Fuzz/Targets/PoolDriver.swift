@@ -141,7 +141,8 @@ private final class DirectDataIO: DataIO {
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
+        tag: UInt64
     ) -> Int32? {
         do throws(DeviceError) {
             var done: UInt64 = 0
@@ -157,6 +158,7 @@ private final class DirectDataIO: DataIO {
 
     func flush(tag: UInt64) -> Int32? { 0 }
     func isHole(at offset: UInt64, length: UInt64) -> Bool { false }
+    func contents(at offset: UInt64, length: Int) -> UnsafeMutableRawPointer? { nil }
 
     /// Tags and results that `VolumeIO.complete` is still to be told.
     private var completions: [(tag: UInt64, result: Int32)] = []

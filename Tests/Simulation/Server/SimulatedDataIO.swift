@@ -34,6 +34,21 @@ final class SimulatedDataIO: DataIO {
     private let slowOneIn: Int
     private let isInMemory: Bool
 
+    /// Memory that stands for a part of the disk: it has the disk's bytes at the moment when a write
+    /// takes them from there.
+    private final class Loan {
+        let memory: UnsafeMutableRawBufferPointer
+        let offset: UInt64
+
+        init(_ length: Int, at offset: UInt64) {
+            memory = .allocate(byteCount: length, alignment: 16)
+            self.offset = offset
+        }
+
+        deinit { memory.deallocate() }
+    }
+    private var loans: [Loan] = []
+
     init(
         disk: SimulatedDisk, slowOneIn: Int = 12, isInMemory: Bool = false, draw: ((Int) -> Int)?
     ) {
@@ -50,7 +65,8 @@ final class SimulatedDataIO: DataIO {
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool, tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
+        tag: UInt64
     ) -> Int32? {
         let memory = (0..<count).map { vectors[$0] }
         return start(.write, offset, memory, memory.reduce(0) { $0 + $1.iov_len }, tag, durable)
@@ -60,6 +76,29 @@ final class SimulatedDataIO: DataIO {
 
     func isHole(at offset: UInt64, length: UInt64) -> Bool {
         disk.isHole(at: offset, length: Int(length))
+    }
+
+    func contents(at offset: UInt64, length: Int) -> UnsafeMutableRawPointer? {
+        guard isInMemory else { return nil }
+        let loan = Loan(length, at: offset)
+        loans.append(loan)
+        return loan.memory.baseAddress
+    }
+
+    /// Bytes that are written; on loan, what the disk has there now.
+    private func source(_ vector: iovec, _ count: Int) throws(DeviceError)
+        -> UnsafeMutableRawPointer
+    {
+        let start = vector.iov_base!
+        for loan in loans {
+            let place = start - loan.memory.baseAddress!
+            if place >= 0 && place < loan.memory.count {
+                try disk.read(
+                    at: loan.offset + UInt64(place),
+                    into: UnsafeMutableRawBufferPointer(start: start, count: count))
+            }
+        }
+        return start
     }
 
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
@@ -143,6 +182,7 @@ final class SimulatedDataIO: DataIO {
     /// The writes that are in flight, done on a copy of the disk.
     func copyWrites(to copy: SimulatedDisk) {
         let other = SimulatedDataIO(disk: copy, draw: nil)
+        other.loans = loans
         for operation in pending where operation.result == nil {
             if operation.kind == .write || operation.kind == .zero {
                 _ = other.apply(operation, operation.length)
@@ -172,7 +212,7 @@ final class SimulatedDataIO: DataIO {
                 for vector in operation.memory where done < length {
                     let count = min(length - done, vector.iov_len)
                     (bytes.baseAddress! + done).copyMemory(
-                        from: vector.iov_base, byteCount: count)
+                        from: try source(vector, count), byteCount: count)
                     done += count
                 }
                 try disk.write(at: operation.offset, from: UnsafeRawBufferPointer(bytes))
