@@ -45,9 +45,14 @@ final class Store {
 
     // MARK: Metadata blocks
 
-    /// A free metadata block, with count 1 now.
+    /// A free metadata block, with count 1 now. Whoever needs some has asked before whether there are
+    /// enough (`requireSpace`): what has begun cannot be tried again, so to find none is damage.
     func allocateBlock() throws(MetadataError) -> UInt64 {
-        guard let block = try metadata.findFree() else { throw .outOfMetadataSpace }
+        guard let block = try metadata.findFree() else {
+            throw .corrupt(
+                block: MetadataBlock(metadata.indexRoot),
+                "the metadata space map has fewer free blocks than its index says")
+        }
         try metadata.setShortCount(block, 1)
         return block
     }

@@ -145,4 +145,44 @@ import ThinMetadata
         device.failReads = false
         #expect(try pool.lookup(ThinDeviceID(1), VirtualBlock(3)) != nil)
     }
+
+    /// A bitmap that is full, of which the index says that it is empty. The insertion that finds out has
+    /// begun: it cannot end as one for which there is no space, which may be tried again.
+    @Test func bitmapsThatClaimTooMuchAreDamage() throws {
+        let perBitmap = BitmapLayout.entriesPerBitmap
+        let harness = try Harness(
+            metadataBlocks: 3 * perBitmap, dataBlocks: 20_000, cacheBlocks: 500)
+        try harness.create(1)
+        try harness.commit()
+        let device = harness.device
+        let index = device.le64(0, SuperblockLayout.metadataSpaceMapRoot + SpaceMapRootLayout.bitmapRoot)
+        // Few are free in the first bitmap, and none in the others; the second claims otherwise.
+        let freeBlocks = 300
+        for bitmap in 0..<3 {
+            let entry = IndexBlockLayout.entries + bitmap * IndexEntryLayout.size
+            let used = Int(device.le32(index, entry + IndexEntryLayout.noneFreeBefore))
+            let first = bitmap == 0 ? used + freeBlocks : 0
+            device.edit(device.le64(index, entry), salt: 240_779) {
+                let start = BitmapLayout.entries + first / 4
+                memset($0 + start, 0xAA, Layout.blockSize - start)
+            }
+            guard bitmap != 1 else { continue }
+            device.edit(index, salt: 160_478) {
+                $0.setLE32(entry + IndexEntryLayout.freeCount, bitmap == 0 ? UInt32(freeBlocks) : 0)
+            }
+        }
+        let pool = try ThinMetadata(device, cacheBlocks: 500)
+        var failure: MetadataError?
+        for id in 2...10_000 as ClosedRange<UInt32> where failure == nil {
+            do throws(MetadataError) {
+                try pool.createThin(ThinDeviceID(id))
+                guard let block = try pool.allocateDataBlock() else { break }
+                _ = try pool.insert(ThinDeviceID(id), VirtualBlock(0), block)
+            } catch { failure = error }
+        }
+        guard case .corrupt = failure else {
+            Issue.record("\(String(describing: failure))")
+            return
+        }
+    }
 }
