@@ -349,6 +349,7 @@ final class Reactor {
             return
         }
         if connection.isWaiting { hasWaiting = true }
+        connection.transmission?.isShared = engine.isShared
         if !connection.isSending, let message = connection.nextMessage() {
             connection.isSending = true
             let tag = Tag(.send, index: connection.index, generation: connection.generation)

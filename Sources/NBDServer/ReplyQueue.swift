@@ -68,9 +68,6 @@ struct ReplyQueue: ~Copyable {
     static let longestHeader = 40
     /// Linux takes no more vectors at once (UIO_MAXIOV).
     private static let mostVectors = 1024
-    /// What fits into a Unix socket at once, and takes less than 100 µs to copy.
-    static let longestMessage = 1 << 20
-
     init(capacity: Int) {
         headerCapacity = capacity * Self.longestHeader
         filling = Batch(headerCapacity: headerCapacity, vectorCapacity: capacity * 2)
@@ -114,9 +111,9 @@ struct ReplyQueue: ~Copyable {
         filling.append(memory, length)
     }
 
-    /// The message to send next: the rest of the one under way, else what was gathered; nil:
-    /// nothing. Valid until `advance`.
-    mutating func next() -> UnsafePointer<msghdr>? {
+    /// The message to send next: the rest of the one under way, else what was gathered, of either no
+    /// more than `longest` bytes; nil: nothing. Valid until `advance`.
+    mutating func next(atMost longest: Int) -> UnsafePointer<msghdr>? {
         if sending.vectorCount == 0 {
             guard filling.vectorCount > 0 else { return nil }
             swap(&filling, &sending)
@@ -124,15 +121,15 @@ struct ReplyQueue: ~Copyable {
         message.pointee.msg_iov = sending.vectors + sending.firstVector
         message.pointee.msg_iovlen = min(
             sending.vectorCount - sending.firstVector, Self.mostVectors)
-        if sending.unsent > Self.longestMessage { shorten() }
+        if sending.unsent > longest { shorten(to: longest) }
         return UnsafePointer(message)
     }
 
     /// Leaves of the message what is not too long: whole vectors, or a part of the first or, so
     /// that its header does not leave alone, of the second.
-    private func shorten() {
+    private func shorten(to longest: Int) {
         let vectors = message.pointee.msg_iov!
-        var room = Self.longestMessage
+        var room = longest
         var count = 0
         while count < message.pointee.msg_iovlen, vectors[count].iov_len <= room {
             room -= vectors[count].iov_len

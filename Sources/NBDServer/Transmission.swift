@@ -34,9 +34,11 @@ package final class Transmission {
     /// copy costs less than another receive. A long one always is: what is behind it is probably
     /// another long one, which would be received into the input, and copied.
     private static let inPlaceMinimum = 16 << 10
-    /// One receive of a payload, so that a client that keeps up with the copying does not keep the
-    /// reactor at it.
+    /// One receive of a payload, and one message of replies, so that a client that keeps up with the
+    /// copying does not keep the reactor at it: where it has the reactor to itself, and where not.
     private static let longestReceive = 512 << 10
+    private static let longestMessage = 1 << 20
+    private static let longestShared = 128 << 10
     /// After a WRITE at least this long the next is expected to be like it: only its header is
     /// received, so that its payload need not be copied.
     private static let longWrite = 64 << 10
@@ -73,6 +75,9 @@ package final class Transmission {
     private let owner: Int
     /// The high half of the cookies given to the engine.
     private let cookieBase: UInt64
+
+    /// Other clients wait for the end of this one's part of the turn.
+    package var isShared = false
 
     // Input: received and not yet parsed.
     private let input: UnsafeMutableRawPointer
@@ -173,7 +178,7 @@ package final class Transmission {
                 receivingInPlace = true
                 return UnsafeMutableRawBufferPointer(
                     start: slots[Int(partial)].payload! + partialFilled,
-                    count: min(missing, Self.longestReceive))
+                    count: min(missing, isShared ? Self.longestShared : Self.longestReceive))
             }
         }
         // All that can be left is the beginning of a header.
@@ -557,7 +562,8 @@ package final class Transmission {
 
     /// The message to send next, or nil. Valid until `sent` or `breakOff`.
     func nextMessage() -> UnsafePointer<msghdr>? {
-        isBroken ? nil : replies.next()
+        isBroken
+            ? nil : replies.next(atMost: isShared ? Self.longestShared : Self.longestMessage)
     }
 
     /// `count` bytes of the message have been sent: frees the slots of the replies in them.

@@ -28,7 +28,7 @@ public struct PoolBounds: Sendable {
     /// where others wait for the turn's end. Bytes of zeroes that one request gets of that before
     /// others have theirs.
     public var turnBytes = 2 << 20
-    public var sharedTurnBytes = 256 << 10
+    public var sharedTurnBytes = 64 << 10
     public var piece = 128 << 10
     /// Virtual blocks of a page of a mapping table, as a power of two.
     public var tablePageShift = MappingTable.longestPageShift

@@ -194,6 +194,7 @@ final class SimulatedReactor {
             }
             return
         }
+        connection.transmission?.isShared = places.count { $0 != nil } > 1
         if place.sending == nil, let message = connection.nextMessage() {
             place.sending = message
             connection.isSending = true
