@@ -197,4 +197,22 @@ import Testing
         try pool.expectClean()
         #expect(try pool.volumes().first { $0.name == "vol" }?.mappedBytes == 9 * Self.block)
     }
+
+    /// Somebody truncates the data file: what was there is an error, and the server goes on.
+    @Test(arguments: [false, true]) func aDataFileThatShrinksIsAnError(inMemory: Bool) throws {
+        let pool = try TestPool(inMemory: inMemory, volumes: [("vol", 16 * mebibyte)])
+        let server = try Server(pool)
+        let client = try Client(server, "vol")
+        for block in 0..<8 as Range<UInt64> {
+            try client.write(place(block), pattern(1, place(block), 4096))
+        }
+        try expect(client, 7, holds: 1)
+        #expect(truncate(pool.path + "/data", 0) == 0)
+        for block in 0..<8 as Range<UInt64> {
+            #expect(try code { _ = try client.read(place(block), 4096) } == EIO)
+        }
+        let zeroes = [UInt8](repeating: 0, count: 512)
+        #expect(try Client(server, "vol").read(8 * Self.block, 512) == zeroes)
+        try server.stop()
+    }
 }
