@@ -155,7 +155,8 @@ import ThinMetadata
         try harness.create(1)
         try harness.commit()
         let device = harness.device
-        let index = device.le64(0, SuperblockLayout.metadataSpaceMapRoot + SpaceMapRootLayout.bitmapRoot)
+        let index = device.le64(
+            0, SuperblockLayout.metadataSpaceMapRoot + SpaceMapRootLayout.bitmapRoot)
         // Few are free in the first bitmap, and none in the others; the second claims otherwise.
         let freeBlocks = 300
         for bitmap in 0..<3 {
