@@ -12,6 +12,7 @@ import Glibc
 /// Results as an `IOQueue` delivers them: bytes, or -errno. Any thread may call at any time; there is
 /// no order between concurrent calls to the same bytes.
 public final class MemoryFile: @unchecked Sendable {
+    /// The descriptor's owner.
     private let device: FileDevice
     private let fd: Int32
     /// The file's pages; nil: they cannot be mapped, and all I/O is system calls.

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -54,10 +55,12 @@ bool clinux_copy_mapped(void *target, const void *source, size_t length) {
         return false;
     }
     recovery = &here;
+    atomic_signal_fence(memory_order_seq_cst);
     // Writing to a page that is not mapped yet maps that page; reading it maps its neighbours, too.
     for (size_t place = 0; place < length; place += FAULT_AROUND_BYTES)
         (void)((volatile const char *)target)[place];
     memcpy(target, source, length);
+    atomic_signal_fence(memory_order_seq_cst);
     recovery = NULL;
     return true;
 }

@@ -68,6 +68,7 @@ struct ReplyQueue: ~Copyable {
     static let longestHeader = 40
     /// Linux takes no more vectors at once (UIO_MAXIOV).
     private static let mostVectors = 1024
+
     init(capacity: Int) {
         headerCapacity = capacity * Self.longestHeader
         filling = Batch(headerCapacity: headerCapacity, vectorCapacity: capacity * 2)
