@@ -1,5 +1,6 @@
 // Unix stream sockets for the control protocol: lines in and out, none of it without a deadline.
 
+import BlockIO
 import Glibc
 
 /// One end of a connection. Used by one thread at a time, but for `shutDown`.
@@ -113,16 +114,9 @@ final class SocketPlace {
     private func call(
         _ descriptor: Int32, _ operation: (Int32, UnsafePointer<sockaddr>, socklen_t) -> Int32
     ) -> Int32 {
-        var address = sockaddr_un()
-        address.sun_family = sa_family_t(AF_UNIX)
-        withUnsafeMutableBytes(of: &address.sun_path) {
-            $0.copyBytes(from: "/proc/self/fd/\(directory)/\(name)".utf8)
+        guard let address = UnixAddress(path: "/proc/self/fd/\(directory)/\(name)") else {
+            return ENAMETOOLONG
         }
-        let length = socklen_t(MemoryLayout<sockaddr_un>.size)
-        return withUnsafePointer(to: &address) {
-            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                operation(descriptor, $0, length) == 0 ? 0 : errno
-            }
-        }
+        return address.use { operation(descriptor, $0, $1) == 0 ? 0 : errno }
     }
 }

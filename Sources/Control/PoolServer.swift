@@ -90,8 +90,7 @@ public final class PoolServer {
     /// A URI is of use everywhere if its path is absolute; but a socket's path is short.
     private static func socketPath(_ path: String) -> String {
         let absolute = PoolDirectory.absolute(path)
-        return absolute.utf8.count < MemoryLayout.size(ofValue: sockaddr_un().sun_path)
-            ? absolute : path
+        return absolute.utf8.count <= UnixAddress.longestPath ? absolute : path
     }
 
     /// Accepts connections.

@@ -6,6 +6,7 @@
 // 2. Nobody can connect before the socket has its owner and mode: it listens last.
 // 3. A socket that this server made is removed when it stops.
 
+import BlockIO
 import Glibc
 
 /// Mode and owner of Unix sockets. Connecting takes the permission to write.
@@ -21,15 +22,12 @@ public struct UnixAccess: Sendable {
 extension Listener {
     static func unix(path: String, access: UnixAccess) throws(ServerError) -> Listener {
         let operation = "listen on \(path)"
-        var address = sockaddr_un()
-        address.sun_family = sa_family_t(AF_UNIX)
-        let capacity = MemoryLayout.size(ofValue: address.sun_path) - 1
-        guard !path.isEmpty, path.utf8.count <= capacity, !path.utf8.contains(0) else {
+        guard let address = UnixAddress(path: path) else {
             throw ServerError(
                 operation: operation, code: ENAMETOOLONG,
-                reason: "a Unix socket's path has 1 to \(capacity) bytes; give a shorter one")
+                reason: "a Unix socket's path has 1 to \(UnixAddress.longestPath) bytes; "
+                    + "give a shorter one")
         }
-        withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: path.utf8) }
 
         let lock = lockDirectory(of: path)
         defer { if let lock { Glibc.close(lock) } }
@@ -37,10 +35,10 @@ extension Listener {
         do throws(ServerError) {
             // The file takes this from the socket, as far as the umask lets it.
             _ = fchmod(descriptor, mode_t(access.mode))
-            var code = bind(descriptor, to: &address)
+            var code = bind(descriptor, to: address)
             if code == EADDRINUSE {
-                try removeStale(path, &address, operation)
-                code = bind(descriptor, to: &address)
+                try removeStale(path, address, operation)
+                code = bind(descriptor, to: address)
             }
             guard code == 0 else { throw unixError(operation, code) }
             var status = stat()
@@ -117,7 +115,7 @@ extension Listener {
 
     /// Removes a socket that nobody listens on.
     private static func removeStale(
-        _ path: String, _ address: inout sockaddr_un, _ operation: String
+        _ path: String, _ address: UnixAddress, _ operation: String
     ) throws(ServerError) {
         var status = stat()
         guard lstat(path, &status) == 0, status.st_mode & S_IFMT == S_IFSOCK else {
@@ -127,13 +125,7 @@ extension Listener {
         }
         let probe = try newSocket(AF_UNIX, operation)
         defer { Glibc.close(probe) }
-        let length = socklen_t(MemoryLayout<sockaddr_un>.size)
-        let result = withUnsafePointer(to: &address) {
-            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                connect(probe, $0, length)
-            }
-        }
-        let code = result == 0 ? 0 : errno
+        let code = address.use { connect(probe, $0, $1) == 0 ? 0 : errno }
         guard code == ECONNREFUSED else {
             throw ServerError(
                 operation: operation, code: EADDRINUSE,
@@ -156,13 +148,8 @@ extension Listener {
     }
 
     /// 0 or an errno.
-    private static func bind(_ descriptor: Int32, to address: inout sockaddr_un) -> Int32 {
-        let length = socklen_t(MemoryLayout<sockaddr_un>.size)
-        return withUnsafePointer(to: &address) {
-            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                Glibc.bind(descriptor, $0, length) == 0 ? 0 : errno
-            }
-        }
+    private static func bind(_ descriptor: Int32, to address: UnixAddress) -> Int32 {
+        address.use { Glibc.bind(descriptor, $0, $1) == 0 ? 0 : errno }
     }
 
     /// For the query of a URI.
