@@ -2,6 +2,7 @@
 
 import CLibNBD
 import Foundation
+import Synchronization
 import Testing
 
 @Suite struct AccessTests {
@@ -182,15 +183,20 @@ import Testing
         let silent = try RawClient(server)
         let idle = try RawClient(server, "vol")
         let busy = try Client(server, "vol")
-        #expect(try silent.receive(18).count == 18)
-        #expect(silent.isHungUpOn())
+        let isOver = Mutex(false)
         let thread = Workers(1) { _ in
-            for _ in 0..<40 {
+            while !isOver.withLock({ $0 }) {
                 _ = try busy.read(0, 512)
                 usleep(100_000)
             }
         }
+        defer { isOver.withLock { $0 = true } }
+        #expect(try silent.receive(18).count == 18)
+        #expect(silent.isHungUpOn())
         #expect(idle.isHungUpOn())
+        // The busy one has been there for longer than it might be idle.
+        usleep(1_500_000)
+        isOver.withLock { $0 = true }
         try thread.join()
         try server.stop()
         for words in ["the handshake took too long", "idle"] {
