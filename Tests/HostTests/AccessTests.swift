@@ -176,10 +176,7 @@ import Testing
     @Test func timeouts() throws {
         let pool = try TestPool(volumes: [("vol", mebibyte)])
         let server = try Server(
-            pool,
-            options: [
-                "--handshake-timeout", AttackedServer.handshakeSeconds, "--idle-timeout", "1.5",
-            ])
+            pool, options: AttackedServer.shortHandshakes + ["--idle-timeout", "1.5"])
         let silent = try RawClient(server)
         let idle = try RawClient(server, "vol")
         let busy = try Client(server, "vol")

@@ -19,7 +19,8 @@ final class AttackedServer: Sendable {
     static let soon = sanitizer == nil ? 5.0 : 15.0
     /// What a handshake may take where its end is waited for: little, but not so little that a client
     /// that behaves would be late.
-    static let handshakeSeconds = sanitizer == nil ? "1" : "5"
+    static let handshakeSeconds: UInt32 = sanitizer == nil ? 1 : 5
+    static let shortHandshakes = ["--handshake-timeout", "\(handshakeSeconds)"]
 
     init(
         _ options: [String] = [], volumes: [(String, UInt64)] = [(volume, size)],

@@ -418,7 +418,7 @@ import Testing
 
     @Test("CVE-2024-7409: hundreds that stall in the handshake, and their time is over")
     func timeoutOfStalledHandshakes() throws {
-        let attacked = try AttackedServer(["--handshake-timeout", AttackedServer.handshakeSeconds])
+        let attacked = try AttackedServer(AttackedServer.shortHandshakes)
         let sockets = try attacked.openSockets()
         let clients = try Self.halfOpen(attacked, 300)
         try attacked.expectService()
@@ -429,13 +429,14 @@ import Testing
 
     @Test("A byte now and then does not prolong a handshake")
     func slowBytes() throws {
-        let attacked = try AttackedServer(["--handshake-timeout", AttackedServer.handshakeSeconds])
+        let attacked = try AttackedServer(AttackedServer.shortHandshakes)
         let clients = try (0..<50).map { try Self.client(attacked, $0) }
         let began = Date()
         for byte in Self.handshake {
             // Those that are hung up on do not take it.
             for client in clients { client.stuff([byte]) }
-            usleep(50_000)
+            // All of them take five times as long as a handshake may.
+            usleep(50_000 * AttackedServer.handshakeSeconds)
             if try attacked.openSockets() < 40 { break }
         }
         #expect(Date().timeIntervalSince(began) < 4 + AttackedServer.soon)

@@ -198,8 +198,10 @@ import Testing
         #expect(try pool.volumes().first { $0.name == "vol" }?.mappedBytes == 9 * Self.block)
     }
 
-    /// Somebody truncates the data file: what was there is an error, and the server goes on.
-    @Test(arguments: [false, true]) func aDataFileThatShrinksIsAnError(inMemory: Bool) throws {
+    /// Somebody truncates the data file: what was there is an error, and the server goes on. (The thread
+    /// sanitizer has a memcpy of its own, which no signal's handler may leave.)
+    @Test(arguments: AttackedServer.sanitizer == "thread" ? [false] : [false, true])
+    func aDataFileThatShrinksIsAnError(inMemory: Bool) throws {
         let pool = try TestPool(inMemory: inMemory, volumes: [("vol", 16 * mebibyte)])
         let server = try Server(pool)
         let client = try Client(server, "vol")
