@@ -43,6 +43,7 @@ create_pool() { quietly wafer pool create $pool --metadata /dev/d0 --data /dev/d
 find_pool_again() { mkdir -p $pool; ln -s /dev/d0 $pool/metadata; ln -s /dev/d1 $pool/data; }
 
 start_server() {
+    rm -f /scratch/serve.out                    # what the last one said is not this one's word
     wafer serve $pool "$@" > /scratch/serve.out 2> /scratch/serve.log &
     server=$!
     until_true 20 grep -qs '^listening on ' /scratch/serve.out ||
