@@ -48,19 +48,18 @@ public final class MemoryFile: @unchecked Sendable {
         return FileIO.read(fd, at: offset, into: memory, length: count)
     }
 
-    /// - Parameter isNew: nothing has been written there since the file was made, or the range was
-    ///   punched.
+    /// - Parameter isNew: the first write there, so that the file may have no pages yet.
     public func write(
         at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool
     ) -> Int32 {
         var first = vectors[0]
-        if first.iov_len > Self.longestCopy || !isNew {
-            first.iov_len = min(first.iov_len, Self.longestCopy)
-            if !isNew, let target = contents(at: offset, length: first.iov_len),
-                clinux_copy_mapped(target, first.iov_base, first.iov_len)
-            {
-                return Int32(first.iov_len)
-            }
+        first.iov_len = min(first.iov_len, Self.longestCopy)
+        if !isNew, let target = contents(at: offset, length: first.iov_len),
+            clinux_copy_mapped(target, first.iov_base, first.iov_len)
+        {
+            return Int32(first.iov_len)
+        }
+        if vectors[0].iov_len > Self.longestCopy {
             return FileIO.write(fd, at: offset, vectors: &first, count: 1)
         }
         return FileIO.write(fd, at: offset, vectors: vectors, count: count)

@@ -3,7 +3,6 @@
 #define _GNU_SOURCE
 #endif
 #include "CLinux.h"
-#include <errno.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
