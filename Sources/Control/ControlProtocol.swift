@@ -8,7 +8,8 @@
 //     {"progress":{...}}  ...  {"done":{}}   or   {"failed":{"_0":{"kind":…,"message":…}}}
 //
 // A connection may ask again after an answer. A client of another version that is not understood
-// gets `failed`.
+// gets `failed`; also one that asks for more than this server knows of: half of a request is not
+// what was asked for. An answer that says more than its reader knows is fine.
 
 import FoundationEssentials
 import ThinPool
@@ -44,14 +45,23 @@ enum ControlLine {
         }
     }
 
+    /// A request that this version would say in the same bytes: nothing in it was passed over.
+    static func decodeRequest(_ line: [UInt8]) throws(ControlError) -> ControlRequest {
+        let request = try decode(ControlRequest.self, line)
+        guard try encode(request).dropLast() == line[...] else { throw otherVersion }
+        return request
+    }
+
     static func decode<Message: Decodable>(_ type: Message.Type, _ line: [UInt8])
         throws(ControlError) -> Message
     {
-        do { return try JSONDecoder().decode(type, from: Data(line)) } catch {
-            throw ControlError(
-                .connection,
-                "what came over the control socket cannot be understood: are both sides the same "
-                    + "version of wafer?")
-        }
+        do { return try JSONDecoder().decode(type, from: Data(line)) } catch { throw otherVersion }
+    }
+
+    private static var otherVersion: ControlError {
+        ControlError(
+            .connection,
+            "what came over the control socket cannot be understood: are both sides the same "
+                + "version of wafer?")
     }
 }

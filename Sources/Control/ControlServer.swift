@@ -204,7 +204,7 @@ public final class ControlServer: @unchecked Sendable {
             guard mark(socket, silentSince: nil) else { return }
             let response: ControlResponse
             do throws(ControlError) {
-                response = try answer(ControlLine.decode(ControlRequest.self, line), socket)
+                response = try answer(ControlLine.decodeRequest(line), socket)
             } catch {
                 response = .failed(error)
             }

@@ -297,6 +297,9 @@ import ThinPool
             "{\"change\":{\"_0\":{\"create\":{\"name\":\"x\",\"size\":7}}}}",
             "{\"change\":{\"_0\":{\"create\":{\"name\":\"../x\",\"size\":512}}}}",
             "{\"change\":{\"_0\":{\"forget\":{\"_0\":1}}}}",
+            // What a newer command may add, to something that would be done without it.
+            "{\"change\":{\"_0\":{\"delete\":{\"ifUnused\":true,\"name\":\"vol\"}}}}",
+            "{\"status\":{\"deep\":true}}",
             String(repeating: "[", count: 60_000), "\u{0}\u{1}",
         ] {
             let answer = try talk(Array((line + "\n").utf8))
