@@ -25,8 +25,8 @@ public struct PoolBounds: Sendable {
     /// A run of adjacent blocks becomes one I/O of at most this many bytes.
     public var run: UInt64 = 4 << 20
     /// Bytes that a turn copies or zeroes on the spot before the next one begins: for one client, and
-    /// where others wait for the turn's end. Bytes of zeroes that one request gets of that before
-    /// others have theirs.
+    /// where others wait for the turn's end. Bytes of a hole that one request has zeroed of that
+    /// before others have theirs; the device has a bound of its own for copies.
     public var turnBytes = 2 << 20
     public var sharedTurnBytes = 64 << 10
     public var piece = 128 << 10

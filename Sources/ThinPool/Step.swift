@@ -9,8 +9,6 @@ struct Request: BitwiseCopyable {
     var noHole = false
     /// It changed bytes by other means than a durable write, so its FUA needs a flush.
     var needsFlush = false
-    /// It waits for its next share of a turn.
-    var isBehind = false
     var volume: Unmanaged<Volume>?
     /// Bytes: what has not been given to a step yet is `cursor..<end`.
     var offset: UInt64 = 0
@@ -20,8 +18,10 @@ struct Request: BitwiseCopyable {
     var query: Unmanaged<ExtentQuery>?
     var holes: UnsafeMutablePointer<HoleList>?
     var cookie: UInt64 = 0
-    /// Steps outstanding.
+    /// Steps outstanding, and those of them that have I/O to issue (by `nextReady`).
     var pending: Int32 = 0
+    var firstReady: Int32 = -1
+    var lastReady: Int32 = -1
     /// First error of a step, as errno.
     var error: Int32 = 0
     /// Links requests that wait for one flush.
@@ -42,14 +42,15 @@ enum StepIntent: UInt8, BitwiseCopyable {
 
 /// Where a step is. `asks` is the only phase in which the pool's lock is needed.
 ///
-///     asks ──> transfer ──> done            mapped, not shared: in place
+///     asks ──> hole ──────> done            a READ of what has no block: zeroes
+///       ├────> transfer ──> done            mapped, not shared: in place
 ///       │ └──> zeroes ────> done            the same for zeroes
 ///       ├────> copyRead ──> copyWrite ─┐    shared: a copy of the old block (pieces, if large)
 ///       ├────> clear ──────────────────┤    unmapped, large block: zero it first
 ///       └────> fill <──────────────────┘    the block as it will be; then `filled`: the mapping
 ///                                           is inserted under the lock, and the step is done
 enum StepPhase: UInt8, BitwiseCopyable {
-    case asks, transfer, zeroes, copyRead, copyWrite, clear, fill, filled
+    case asks, hole, transfer, zeroes, copyRead, copyWrite, clear, fill, filled
 }
 
 /// A part of a request: a run of mapped blocks, or a part of one block, or a range of the map.
@@ -84,11 +85,13 @@ struct Step: BitwiseCopyable {
     /// Where the old block's bytes are: in `bounce`, or where the device has them.
     var contents: UnsafeMutableRawPointer?
 
-    /// The I/O in flight: where it goes on, and what is left of it.
+    /// The I/O in flight: where it goes on (bytes of the data device), and what is left of it.
     var position: UInt64 = 0
     var remaining = 0
     var vectors = (iovec(), iovec(), iovec())
     var vectorCount: Int32 = 0
+    /// The next step of the request with I/O to issue.
+    var nextReady: Int32 = -1
 
     /// It has already waited for a commit to give metadata space back.
     var hasWaited = false

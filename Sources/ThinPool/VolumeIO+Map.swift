@@ -57,11 +57,10 @@ extension VolumeIO {
         case .failure(let error):
             fail(index, error)
         case .success(.none):
-            let start = step.pointee.virtualBlock * blockSize + UInt64(step.pointee.start)
-            readHole(
-                requests[step.pointee.request], step.pointee.memory!,
-                start..<start + UInt64(step.pointee.length))
-            end(index)
+            let offset = step.pointee.virtualBlock * blockSize + UInt64(step.pointee.start)
+            let hole = offset..<offset + UInt64(step.pointee.length)
+            if isTold(requests[step.pointee.request], hole: hole) { return end(index) }
+            queue(index, .hole, at: 0, step.pointee.memory, step.pointee.length)
         case .success(.some(let mapping)):
             startInPlace(index, mapping)
         }
@@ -80,19 +79,11 @@ extension VolumeIO {
 
     private func startInPlace(_ index: Int32, _ mapping: Mapping) {
         let step = steps[index]
-        step.pointee.position =
-            mapping.block.rawValue * blockSize + UInt64(step.pointee.start)
-        step.pointee.remaining = step.pointee.length
-        if step.pointee.intent == .zero {
-            step.pointee.phase = .zeroes
-        } else {
-            step.pointee.phase = .transfer
-            step.pointee.vectors.0 = iovec(
-                iov_base: step.pointee.memory, iov_len: step.pointee.length)
-            step.pointee.vectorCount = 1
-        }
         pin(step)
-        ready.append(index)
+        queue(
+            index, step.pointee.intent == .zero ? .zeroes : .transfer,
+            at: mapping.block.rawValue * blockSize + UInt64(step.pointee.start),
+            step.pointee.memory, step.pointee.length)
     }
 
     // MARK: - Unmapping
@@ -199,7 +190,7 @@ extension VolumeIO {
         default:
             preconditionFailure("not a phase of filling")
         }
-        ready.append(index)
+        makeReady(index)
     }
 
     /// The block in one write where it fits a piece: what is around the user's bytes comes from

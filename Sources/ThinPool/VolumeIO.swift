@@ -8,8 +8,8 @@
 // 2. A request is finished only after all of its steps; a FUA request and a flush only after what
 //    they cover is durable.
 // 3. The mapping of a filled block is inserted after its data has been written, never before.
-// 4. A turn copies and zeroes so many bytes on the spot, and one request does no more of that at a
-//    time than a piece before the others have theirs: nobody waits for somebody's 32 MiB.
+// 4. A turn copies and zeroes so many bytes on the spot, none of them under the pool's lock, and
+//    requests take turns at it piece by piece: nobody waits for somebody's 32 MiB.
 
 import BlockIO
 import Glibc
@@ -38,14 +38,13 @@ public final class VolumeIO: @unchecked Sendable {
     private var turnEpoch: UInt64 = 0
     private var inTurn = false
 
-    /// Steps that need the lock; steps whose block is filled; steps that have I/O to issue.
+    /// Steps that need the lock, and steps whose block is filled.
     let asking = IndexQueue()
     /// Unmaps, queries and hints that go on in the next turn, so that everybody else gets one in between.
     let askingAgain = IndexQueue()
     let filled = IndexQueue()
-    let ready = IndexQueue()
-    /// Requests that have had their share of the turn.
-    private let behind = IndexQueue()
+    /// Requests that have steps with I/O to issue; each of them is here once.
+    private let ready = IndexQueue()
     /// There is more than one client.
     public var isShared = false
     /// Bytes that this turn may still copy or zero on the spot.
@@ -150,17 +149,13 @@ public final class VolumeIO: @unchecked Sendable {
             {
                 underLock()
             }
-            while bytesLeft > 0, let request = behind.popFirst() {
-                requests[request].pointee.isBehind = false
-                advance(request)
-            }
-            while bytesLeft > 0, let step = ready.popFirst() { issue(step) }
+            while bytesLeft > 0, let request = ready.popFirst() { issue(takeReady(request)) }
             guard asking.isEmpty && filled.isEmpty && committing.isEmpty else { continue }
             startFlush()
             if !hasMail.load(ordering: .acquiring) { break }
         }
         inTurn = false
-        if !askingAgain.isEmpty || !ready.isEmpty || !behind.isEmpty { wake() }
+        if !askingAgain.isEmpty || !ready.isEmpty { wake() }
         pool.epochs.publish(reader, pins.oldest)
         // Ordered after the publication: either we see that somebody waits for a pin to go, or he
         // sees that ours is gone.
@@ -245,7 +240,14 @@ public final class VolumeIO: @unchecked Sendable {
             let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
             switch volume.table.lookup(block) {
             case .unmapped:
-                readHole(request, memory, cursor..<limit)
+                var next = block + 1
+                while limit < end, case .unmapped = volume.table.lookup(next) {
+                    next += 1
+                    limit = min(end, next * blockSize)
+                }
+                if !isTold(request, hole: cursor..<limit) {
+                    queue(newStep(index, .read), .hole, at: 0, memory, Int(limit - cursor))
+                }
             case .unknown:
                 ask(index, .read, block: block, from: cursor, to: limit, memory: memory)
             case .mapped(let mapping):
@@ -262,25 +264,18 @@ public final class VolumeIO: @unchecked Sendable {
                 transfer(
                     index, .read,
                     at: mapping.block.rawValue * blockSize + (cursor - block * blockSize),
-                    memory: memory, length: Int(limit - cursor))
+                    memory, Int(limit - cursor))
             }
             cursor = limit
         }
         request.pointee.cursor = cursor
     }
 
-    /// - Parameter range: bytes of the volume that have no block; `memory` is theirs.
+    /// Whether the client hears of the hole, so that its memory need not be zeroed.
     @inline(__always)
-    func readHole(
-        _ request: UnsafeMutablePointer<Request>, _ memory: UnsafeMutableRawPointer,
-        _ range: Range<UInt64>
-    ) {
-        if let holes = request.pointee.holes,
-            holes.pointee.append(range.lowerBound, range.upperBound)
-        {
-            return
-        }
-        memset(memory, 0, range.count)
+    func isTold(_ request: UnsafeMutablePointer<Request>, hole: Range<UInt64>) -> Bool {
+        guard let holes = request.pointee.holes else { return false }
+        return holes.pointee.append(hole.lowerBound, hole.upperBound)
     }
 
     private func advanceWrite(_ index: Int32) {
@@ -309,7 +304,7 @@ public final class VolumeIO: @unchecked Sendable {
                 transfer(
                     index, .write,
                     at: mapping.block.rawValue * blockSize + (cursor - block * blockSize),
-                    memory: memory, length: Int(limit - cursor))
+                    memory, Int(limit - cursor))
             } else {
                 ask(index, .write, block: block, from: cursor, to: limit, memory: memory)
             }
@@ -409,19 +404,50 @@ public final class VolumeIO: @unchecked Sendable {
 
     private func transfer(
         _ request: Int32, _ intent: StepIntent, at position: UInt64,
-        memory: UnsafeMutableRawPointer, length: Int
+        _ memory: UnsafeMutableRawPointer, _ length: Int
     ) {
         let index = newStep(request, intent)
+        pin(steps[index])
+        queue(index, .transfer, at: position, memory, length)
+    }
+
+    /// Queues the I/O of a phase that needs one piece of memory, if any.
+    func queue(
+        _ index: Int32, _ phase: StepPhase, at position: UInt64,
+        _ memory: UnsafeMutableRawPointer?, _ length: Int
+    ) {
         let step = steps[index]
-        step.pointee.phase = .transfer
-        step.pointee.memory = memory
-        step.pointee.length = length
+        step.pointee.phase = phase
         step.pointee.position = position
         step.pointee.remaining = length
         step.pointee.vectors.0 = iovec(iov_base: memory, iov_len: length)
         step.pointee.vectorCount = 1
-        pin(step)
-        ready.append(index)
+        makeReady(index)
+    }
+
+    /// The step has I/O to issue: when it is its request's turn, and its own there.
+    func makeReady(_ index: Int32) {
+        let request = steps[index].pointee.request
+        let slot = requests[request]
+        if slot.pointee.firstReady < 0 {
+            slot.pointee.firstReady = index
+            ready.append(request)
+        } else {
+            steps[slot.pointee.lastReady].pointee.nextReady = index
+        }
+        slot.pointee.lastReady = index
+    }
+
+    /// The next step of a request that was taken from `ready`; the request goes to the end of those
+    /// if it has more.
+    private func takeReady(_ request: Int32) -> Int32 {
+        let slot = requests[request]
+        let index = slot.pointee.firstReady
+        let step = steps[index]
+        slot.pointee.firstReady = step.pointee.nextReady
+        step.pointee.nextReady = -1
+        if slot.pointee.firstReady >= 0 { ready.append(request) }
+        return index
     }
 
     func pin(_ step: UnsafeMutablePointer<Step>) {
@@ -451,6 +477,10 @@ public final class VolumeIO: @unchecked Sendable {
             result = io.write(
                 at: step.pointee.position, vectors: vectors,
                 count: Int(step.pointee.vectorCount), isNew: isNew, durable: fua, tag: tag)
+        case .hole:
+            let piece = min(step.pointee.remaining, bounds.piece)
+            memset(step.pointee.vectors.0.iov_base!, 0, piece)
+            result = Int32(piece)
         case .zeroes, .clear:
             io.zero(
                 at: step.pointee.position, length: UInt64(step.pointee.remaining), tag: tag)
@@ -486,12 +516,12 @@ public final class VolumeIO: @unchecked Sendable {
             step.pointee.remaining -= Int(result)
             if step.pointee.remaining > 0 {
                 step.pointee.advanceVectors(Int(result))
-                ready.append(index)
+                makeReady(index)
                 return
             }
         }
         switch step.pointee.phase {
-        case .transfer, .zeroes: end(index)
+        case .transfer, .hole, .zeroes: end(index)
         default: continueFill(index)
         }
     }
@@ -537,9 +567,7 @@ public final class VolumeIO: @unchecked Sendable {
         steps.give(index)
         let slot = requests[request]
         slot.pointee.pending -= 1
-        if slot.pointee.isBehind {
-            // It goes on from there.
-        } else if slot.pointee.cursor < slot.pointee.end {
+        if slot.pointee.cursor < slot.pointee.end {
             advance(request)
         } else if slot.pointee.pending == 0 {
             makeDurable(request)

@@ -133,6 +133,9 @@ extension PoolBounds {
         bounces = 1 + random.below(3)
         window = Int32(1 + random.below(3))
         run = UInt64(65_536 * (1 + random.below(3)))
+        turnBytes = 4096 << random.below(6)
+        sharedTurnBytes = 512 << random.below(6)
+        piece = 512 << random.below(6)
         // Few volumes here have more than some dozens of blocks.
         tablePageShift = [0, 1, 3, 6, 9][random.below(5)]
         unmapBatch = 1 + random.below(3)

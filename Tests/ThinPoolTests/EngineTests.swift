@@ -71,4 +71,28 @@ private final class NoDataIO: DataIO {
             for engine in engines { engine.close() }
         }
     }
+
+    /// What is done on the spot is shared out, whether the map is known or has to be asked first.
+    @Test(arguments: [false, true])
+    func aLongHoleKeepsNobodyWaiting(isMapKnown: Bool) throws {
+        let length = 32 << 20
+        let bench = try Bench()
+        try bench.change(.create(name: "v", size: 1 << 30))
+        let v = try bench.volume("v")
+        bench.reactors[0].engine.isShared = true
+        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: length, alignment: 4096)
+        defer { memory.deallocate() }
+        memset(memory.baseAddress!, 1, length)
+        if isMapKnown { _ = try bench.read(v, at: 0, length: 512) }
+
+        let long = bench.send(.read, v, at: 512, length: length, buffer: memory.baseAddress)
+        for block in 0..<20 {
+            let bytes = try bench.read(v, at: (600 + block) * Bench.blockSize, length: 4096)
+            #expect(bytes.allSatisfy { $0 == 0 })
+        }
+        #expect(bench.answer(long) == nil)
+        try bench.settle { bench.answer(long) != nil }
+        #expect(bench.answer(long) == 0)
+        #expect(memory.allSatisfy { $0 == 0 })
+    }
 }

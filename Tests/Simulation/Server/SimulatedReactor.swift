@@ -66,6 +66,7 @@ final class SimulatedReactor {
     func turn(_ body: () -> Void) {
         isAwake = false
         let hasFailed = pool.status().mode == .failed
+        engine.isShared = places.count { $0 != nil } > 1
         engine.beginTurn()
         body()
         while let owner = buffers.nextServed {
@@ -194,7 +195,7 @@ final class SimulatedReactor {
             }
             return
         }
-        connection.transmission?.isShared = places.count { $0 != nil } > 1
+        connection.transmission?.isShared = engine.isShared
         if place.sending == nil, let message = connection.nextMessage() {
             place.sending = message
             connection.isSending = true
