@@ -118,7 +118,9 @@ package final class Transmission {
     var replies = ReplyQueue(capacity: Transmission.slotCount)
     private var firstReply = Transmission.noSlot
     private var lastReply = Transmission.noSlot
-    private var isBroken = false
+    /// Nothing is sent any more. Where the engine sees it, too.
+    private let broken: UnsafeMutablePointer<Bool>
+    private var isBroken: Bool { broken.pointee }
 
     /// The client asked to disconnect.
     private(set) var didDisconnect = false
@@ -150,6 +152,8 @@ package final class Transmission {
         }
         slots[Self.slotCount - 1].next = Self.noSlot
         holes = format == .simple ? nil : .allocate(capacity: Self.slotCount)
+        broken = .allocate(capacity: 1)
+        broken.initialize(to: false)
     }
 
     deinit {
@@ -157,6 +161,7 @@ package final class Transmission {
         input.deallocate()
         slots.deallocate()
         holes?.deallocate()
+        broken.deallocate()
     }
 
     /// The connection and slot of a cookie that was given to the engine.
@@ -516,7 +521,7 @@ package final class Transmission {
                 length: header.length, buffer: slots[Int(slot)].payload,
                 fua: header.flags.contains(.fua), noHole: header.flags.contains(.noHole),
                 query: slots[Int(slot)].asksForStatus ? statusQueries[Int(slot)]!.query : nil,
-                holes: holes,
+                holes: holes, isAbandoned: broken,
                 cookie: cookieBase | UInt64(slot)))
     }
 
@@ -590,7 +595,7 @@ package final class Transmission {
     /// The socket is of no use any more: nothing is sent, nothing is read.
     /// - Parameter isSending: a message is under way; `sent` follows when the kernel is done.
     func breakOff(isSending: Bool) {
-        isBroken = true
+        broken.pointee = true
         endReading()
         if !isSending { releaseReplies() }
     }

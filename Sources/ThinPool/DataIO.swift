@@ -41,7 +41,7 @@ public struct VolumeRequest {
     public var volume: Volume
     /// Bytes.
     public var offset: UInt64
-    /// Bytes; at most 4 GiB.
+    /// Bytes.
     public var length: UInt64
     /// Read: filled; write: the source. Aligned to 512, valid until the request is finished.
     public var buffer: UnsafeMutableRawPointer?
@@ -55,13 +55,18 @@ public struct VolumeRequest {
     /// Read: holes are told here instead of being filled. Empty, and valid until the request is
     /// finished.
     public var holes: UnsafeMutablePointer<HoleList>?
+    /// Set when nobody waits for the answer any more: the rest of the request is left undone then, and
+    /// it fails.
+    /// Valid until the request is finished.
+    public var isAbandoned: UnsafePointer<Bool>?
     /// The caller's; comes back from `takeFinished`.
     public var cookie: UInt64
 
     public init(
         operation: VolumeOperation, volume: Volume, offset: UInt64, length: UInt64,
         buffer: UnsafeMutableRawPointer? = nil, fua: Bool = false, noHole: Bool = false,
-        query: ExtentQuery? = nil, holes: UnsafeMutablePointer<HoleList>? = nil, cookie: UInt64
+        query: ExtentQuery? = nil, holes: UnsafeMutablePointer<HoleList>? = nil,
+        isAbandoned: UnsafePointer<Bool>? = nil, cookie: UInt64
     ) {
         self.operation = operation
         self.volume = volume
@@ -72,6 +77,7 @@ public struct VolumeRequest {
         self.noHole = noHole
         self.query = query
         self.holes = holes
+        self.isAbandoned = isAbandoned
         self.cookie = cookie
     }
 }

@@ -20,8 +20,10 @@ public struct PoolBounds: Sendable {
     public var copyPiece = 1 << 20
     /// Copies in flight of one reactor that need a buffer of such a piece.
     public var bounces = 64
-    /// Steps that one request may have outstanding, so that a 4 GiB request needs no more slots.
+    /// Steps that one request may have outstanding, while a reactor has fewer than `steps` in all;
+    /// with more, it is one.
     public var window: Int32 = 64
+    public var steps = 4096
     /// A run of adjacent blocks becomes one I/O of at most this many bytes.
     public var run: UInt64 = 4 << 20
     /// Bytes that a turn copies or zeroes on the spot before the next one begins: for one client, and
@@ -32,12 +34,13 @@ public struct PoolBounds: Sendable {
     public var piece = 128 << 10
     /// Virtual blocks of a page of a mapping table, as a power of two.
     public var tablePageShift = MappingTable.longestPageShift
-    /// Mappings that one turn unmaps before others have theirs.
-    public var unmapBatch = 512
-    /// Steps that a query of the map takes for each of its kinds, and those that are taken in one
-    /// turn. A step is a leaf, with 84 to 252 mappings as a rule.
+    /// Steps that a query of the map takes for each of its kinds. A step is a leaf, with 84 to 252
+    /// mappings as a rule.
     public var extentSteps = 256
-    public var extentSlice = 16
+    /// Leaves that queries, unmaps and hints visit in one turn, and how many mappings are unmapped
+    /// where a query would visit one.
+    public var turnLeaves = 16
+    public var unmapsPerLeaf = 32
     /// Pages of the mapping table that one CACHE loads.
     public var cachedPages = 64
     /// Mappings up to which a device is deleted in one go, not in the background.
@@ -391,18 +394,18 @@ public final class Pool: @unchecked Sendable {
         return .done
     }
 
-    /// - Returns: where to go on, nil when the range is done.
+    /// - Returns: where to go on, nil when the range is done; and how many mappings it had.
     func unmap(_ volume: Volume, _ range: Range<UInt64>, limit: Int)
-        -> Answer<UInt64?>
+        -> Answer<(next: UInt64?, removed: Int)>
     {
         do throws(MetadataError) {
-            var removed = false
+            var removed = 0
             let next = try metadata.remove(volume.id, range, limit: limit) { block, _ in
-                removed = true
+                removed += 1
                 publish(volume, block.rawValue, nil)
             }
-            if removed { markChanged(volume) }
-            return .success(next?.rawValue)
+            if removed > 0 { markChanged(volume) }
+            return .success((next?.rawValue, removed))
         } catch {
             if case .outOfMetadataSpace = error {
                 requestCommit()

@@ -45,6 +45,9 @@ final class PoolLock: @unchecked Sendable {
     }
     func unlock() { pthread_mutex_unlock(mutex) }
 
+    /// Somebody waits for the lock.
+    var isAwaited: Bool { waiting.load(ordering: .relaxed) > 0 }
+
     var contentions: UInt64 { contended.load(ordering: .relaxed) }
 
     /// For background work that has more to do: gives the lock up, and takes it again when those

@@ -7,7 +7,9 @@
 
 struct SlotTable<Element: BitwiseCopyable>: ~Copyable {
     private static var chunkSlots: Int { 1024 }
-    private static var maxChunks: Int { 4096 }
+    /// 2^25 slots. A reactor has as many requests at most as all connections have slots for, and of
+    /// steps few more.
+    private static var maxChunks: Int { 32_768 }
 
     private struct State {
         var chunkCount = 0
@@ -38,6 +40,9 @@ struct SlotTable<Element: BitwiseCopyable>: ~Copyable {
     subscript(index: Int32) -> UnsafeMutablePointer<Element> {
         chunks[Int(index) >> 10] + (Int(index) & 1023)
     }
+
+    @inline(__always)
+    var taken: Int { state.pointee.chunkCount * Self.chunkSlots - state.pointee.freeCount }
 
     @inline(__always)
     func take() -> Int32 {

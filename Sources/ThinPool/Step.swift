@@ -17,6 +17,7 @@ struct Request: BitwiseCopyable {
     var buffer: UnsafeMutableRawPointer?
     var query: Unmanaged<ExtentQuery>?
     var holes: UnsafeMutablePointer<HoleList>?
+    var isAbandoned: UnsafePointer<Bool>?
     var cookie: UInt64 = 0
     /// Steps outstanding, and those of them that have I/O to issue (by `nextReady`).
     var pending: Int32 = 0
@@ -38,6 +39,14 @@ enum StepIntent: UInt8, BitwiseCopyable {
     case extents
     /// Load the map of a range into the mapping table.
     case cache
+
+    /// It goes through a range of the map.
+    var walks: Bool {
+        switch self {
+        case .read, .write, .zero: false
+        case .unmap, .extents, .cache: true
+        }
+    }
 }
 
 /// Where a step is. `asks` is the only phase in which the pool's lock is needed.

@@ -16,34 +16,35 @@ extension VolumeIO {
             request.pointee.offset..<request.pointee.end, blockSize: blockSize,
             steps: pool.options.bounds.extentSteps)
         request.pointee.cursor = request.pointee.end
-        asking.append(newStep(index, .extents))
+        ask(newStep(index, .extents))
     }
 
     func resolveExtents(_ index: Int32, _ volume: Volume) {
         let query = requests[steps[index].pointee.request].pointee.query!.takeUnretainedValue()
-        switch pool.answer(query, of: volume) {
+        switch pool.answer(query, of: volume, leaves: &leavesLeft) {
         case .failure(let error): fail(index, error)
         case .success(true): end(index)
-        case .success(false): askingAgain.append(index)
+        case .success(false): ask(index)
         }
     }
 }
 
 extension Pool {
     /// Goes on with the query.
+    /// - Parameter leaves: as many steps are taken at most, and are then subtracted.
     /// - Returns: whether it is answered.
-    func answer(_ query: ExtentQuery, of volume: Volume) -> Answer<Bool> {
+    func answer(_ query: ExtentQuery, of volume: Volume, leaves: inout Int) -> Answer<Bool> {
         if metadataIsLost { return .failure(EIO) }
         do throws(MetadataError) {
             var isFirst = true
-            for _ in 0..<options.bounds.extentSlice {
-                guard let kind = query.current else { break }
+            while leaves > 0, let kind = query.current {
                 if case .difference(let other) = kind, volumesByID[other.id] !== other {
                     // It has been deleted: there is nothing left to compare with.
                     return .failure(EINVAL)
                 }
                 guard try takeStep(query, kind, of: volume, reading: isFirst) else { break }
                 isFirst = false
+                leaves -= 1
                 query.stepDone(steps: options.bounds.extentSteps)
             }
         } catch { return .failure(EIO) }
@@ -119,7 +120,7 @@ extension Pool {
         of query: ExtentQuery, _ volume: Volume, _ body: (MetadataBlock) -> Void
     ) throws(MetadataError) {
         guard let kind = query.current else { return }
-        let slice = options.bounds.extentSlice
+        let slice = options.bounds.turnLeaves
         let range = query.blocks
         if case .difference(let other) = kind, range.lowerBound < commonBlocks(volume, other) {
             try metadata.forEachMissingNode(

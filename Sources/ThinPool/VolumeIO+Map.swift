@@ -11,6 +11,7 @@ import ThinMetadata
 extension VolumeIO {
     func resolve(_ index: Int32) {
         let step = steps[index]
+        if isAbandoned(step.pointee.request) { return fail(index, EIO) }
         let volume = requests[step.pointee.request].pointee.volume!.takeUnretainedValue()
         if step.pointee.intent == .read { return resolveRead(index, volume) }
         if step.pointee.intent == .extents { return resolveExtents(index, volume) }
@@ -66,15 +67,16 @@ extension VolumeIO {
         }
     }
 
-    /// A page in each turn. Only a hint: an error is for whoever needs the page.
+    /// A page at a time. Only a hint: an error is for whoever needs the page.
     private func resolveCache(_ index: Int32, _ volume: Volume) {
         let step = steps[index]
+        leavesLeft -= 1
         let next = volume.table.pageRange(of: step.pointee.virtualBlock).upperBound
         guard case .success = pool.mapping(of: volume, step.pointee.virtualBlock),
             next < step.pointee.blockLimit
         else { return end(index) }
         step.pointee.virtualBlock = next
-        askingAgain.append(index)
+        ask(index)
     }
 
     private func startInPlace(_ index: Int32, _ mapping: Mapping) {
@@ -99,13 +101,15 @@ extension VolumeIO {
             }
             range = range.lowerBound..<busy
         }
-        switch pool.unmap(volume, range, limit: pool.options.bounds.unmapBatch) {
+        let perLeaf = pool.options.bounds.unmapsPerLeaf
+        switch pool.unmap(volume, range, limit: perLeaf * leavesLeft) {
         case .failure(let error):
             fail(index, error)
-        case .success(let next):
+        case .success((let next, let removed)):
+            leavesLeft -= max(removed / perLeaf, 1)
             if let next = next ?? busy {
                 step.pointee.virtualBlock = next
-                askingAgain.append(index)
+                ask(index)
             } else {
                 end(index)
             }
@@ -276,7 +280,8 @@ extension VolumeIO {
     /// given back.
     func insertFilled(_ index: Int32) {
         let step = steps[index]
-        let volume = requests[step.pointee.request].pointee.volume!.takeUnretainedValue()
+        let request = requests[step.pointee.request]
+        let volume = request.pointee.volume!.takeUnretainedValue()
         let key = CellKey(volume.id, step.pointee.virtualBlock)
         var again = false
         let block = DataBlock(step.pointee.newBlock)
@@ -285,9 +290,9 @@ extension VolumeIO {
         } else {
             switch pool.insert(volume, step.pointee.virtualBlock, block) {
             case .done: break
-            case .failed(let error): recordError(index, error)
+            case .failed(let error): fail(request, error)
             case .noMetadataSpace where step.pointee.hasWaited || !pool.commitGivesBack:
-                recordError(index, ENOSPC)
+                fail(request, ENOSPC)
             case .noMetadataSpace: again = true
             }
         }
@@ -308,11 +313,5 @@ extension VolumeIO {
         } else {
             end(index)
         }
-    }
-
-    private func recordError(_ index: Int32, _ error: Int32) {
-        let request = requests[steps[index].pointee.request]
-        if request.pointee.error == 0 { request.pointee.error = error }
-        request.pointee.cursor = request.pointee.end
     }
 }

@@ -12,8 +12,10 @@ extension VolumeIO {
         let reader = nodes ?? pool.makeNodeReader()
         nodes = reader
         pool.readAhead(reader) { () throws(MetadataError) in
-            for place in 0..<asking.count where !reader.isFull {
-                let step = steps[asking[place]]
+            let walkers = min(walking.count, leavesLeft)
+            for place in 0..<asking.count + walkers where !reader.isFull {
+                let isWalker = place >= asking.count
+                let step = steps[isWalker ? walking[place - asking.count] : asking[place]]
                 let request = requests[step.pointee.request]
                 guard step.pointee.intent != .unmap,
                     let volume = request.pointee.volume?.takeUnretainedValue()

@@ -10,6 +10,9 @@
 // 3. The mapping of a filled block is inserted after its data has been written, never before.
 // 4. A turn copies and zeroes so many bytes on the spot, none of them under the pool's lock, and
 //    requests take turns at it piece by piece: nobody waits for somebody's 32 MiB.
+// 5. A turn goes through so many leaves of the map, whatever the number of requests that want to:
+//    nobody waits for somebody's thousand questions.
+// 6. Slots for steps are one for each request and a bounded number besides.
 
 import BlockIO
 import Glibc
@@ -40,8 +43,10 @@ public final class VolumeIO: @unchecked Sendable {
 
     /// Steps that need the lock, and steps whose block is filled.
     let asking = IndexQueue()
-    /// Unmaps, queries and hints that go on in the next turn, so that everybody else gets one in between.
-    let askingAgain = IndexQueue()
+    /// Steps that need it for a part of the map, however large: they go on by turns.
+    let walking = IndexQueue()
+    /// Leaves that they may still visit in this turn.
+    var leavesLeft = 0
     let filled = IndexQueue()
     /// Requests that have steps with I/O to issue; each of them is here once.
     private let ready = IndexQueue()
@@ -111,7 +116,7 @@ public final class VolumeIO: @unchecked Sendable {
         pool.epochs.publish(reader, min(turnEpoch, pins.oldest))
         inTurn = true
         bytesLeft = isShared ? bounds.sharedTurnBytes : bounds.turnBytes
-        while let step = askingAgain.popFirst() { asking.append(step) }
+        leavesLeft = bounds.turnLeaves
     }
 
     public func submit(_ request: VolumeRequest) {
@@ -124,7 +129,7 @@ public final class VolumeIO: @unchecked Sendable {
             volume: Unmanaged.passUnretained(request.volume), offset: request.offset,
             cursor: request.offset, end: request.offset + request.length,
             buffer: request.buffer, query: request.query.map { .passUnretained($0) },
-            holes: request.holes,
+            holes: request.holes, isAbandoned: request.isAbandoned,
             cookie: request.cookie)
         switch request.operation {
         case .read, .write, .writeZeroes:
@@ -145,7 +150,7 @@ public final class VolumeIO: @unchecked Sendable {
         precondition(inTurn)
         while true {
             if hasMail.load(ordering: .acquiring) || !asking.isEmpty || !filled.isEmpty
-                || !committing.isEmpty
+                || !committing.isEmpty || (!walking.isEmpty && leavesLeft > 0)
             {
                 underLock()
             }
@@ -155,7 +160,7 @@ public final class VolumeIO: @unchecked Sendable {
             if !hasMail.load(ordering: .acquiring) { break }
         }
         inTurn = false
-        if !askingAgain.isEmpty || !ready.isEmpty { wake() }
+        if !walking.isEmpty || !ready.isEmpty { wake() }
         pool.epochs.publish(reader, pins.oldest)
         // Ordered after the publication: either we see that somebody waits for a pin to go, or he
         // sees that ours is gone.
@@ -184,7 +189,7 @@ public final class VolumeIO: @unchecked Sendable {
         if !inbox.isEmpty {
             for message in inbox {
                 switch message {
-                case .resume(let step): asking.append(step)
+                case .resume(let step): ask(step)
                 case .finish(let request, let error):
                     requests[request].pointee.error = error
                     finish(request)
@@ -194,8 +199,11 @@ public final class VolumeIO: @unchecked Sendable {
         }
         // Filled blocks first: what waits for them is then resolved in the same turn.
         while let step = filled.popFirst() { insertFilled(step) }
-        if !asking.isEmpty { readAhead() }
+        if !asking.isEmpty || !walking.isEmpty { readAhead() }
         while let step = asking.popFirst() { resolve(step) }
+        // Who waits for the lock has it as soon as may be; but a turn visits one leaf at least.
+        if pool.lock.isAwaited { leavesLeft = min(leavesLeft, 1) }
+        while leavesLeft > 0, let step = walking.popFirst() { resolve(step) }
         while let request = committing.popFirst() { joinCommit(request) }
         pool.endOperation()
         looksForMail = false
@@ -234,7 +242,7 @@ public final class VolumeIO: @unchecked Sendable {
         let volume = request.pointee.volume!.takeUnretainedValue()
         let end = request.pointee.end
         var cursor = request.pointee.cursor
-        while cursor < end, request.pointee.pending < bounds.window {
+        while cursor < end, request.pointee.pending < window {
             let block = block(of: cursor)
             var limit = min(end, (block + 1) * blockSize)
             let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
@@ -284,7 +292,7 @@ public final class VolumeIO: @unchecked Sendable {
         let end = request.pointee.end
         var cursor = request.pointee.cursor
         let gate = volume.openGate
-        while cursor < end, request.pointee.pending < bounds.window {
+        while cursor < end, request.pointee.pending < window {
             let block = block(of: cursor)
             var limit = min(end, (block + 1) * blockSize)
             let memory = request.pointee.buffer! + Int(cursor - request.pointee.offset)
@@ -320,7 +328,7 @@ public final class VolumeIO: @unchecked Sendable {
         request.pointee.needsFlush = true
         let volume = request.pointee.volume!.takeUnretainedValue()
         let end = request.pointee.end
-        while request.pointee.cursor < end, request.pointee.pending < bounds.window {
+        while request.pointee.cursor < end, request.pointee.pending < window {
             let cursor = request.pointee.cursor
             let block = block(of: cursor)
             let whole = wholeBlocks(from: cursor, to: end, volumeSize: volume.size)
@@ -361,7 +369,7 @@ public final class VolumeIO: @unchecked Sendable {
         let step = newStep(index, .cache)
         steps[step].pointee.virtualBlock = first
         steps[step].pointee.blockLimit = min(end, first + most)
-        asking.append(step)
+        ask(step)
     }
 
     /// The blocks that lie entirely in the byte range.
@@ -372,6 +380,9 @@ public final class VolumeIO: @unchecked Sendable {
     }
 
     // MARK: - Steps
+
+    /// Steps that a request may have outstanding: one, once there are many of all requests.
+    private var window: Int32 { steps.taken < bounds.steps ? bounds.window : 1 }
 
     func newStep(_ request: Int32, _ intent: StepIntent) -> Int32 {
         let index = steps.take()
@@ -392,14 +403,19 @@ public final class VolumeIO: @unchecked Sendable {
         step.pointee.start = Int(from - block * blockSize)
         step.pointee.length = Int(to - from)
         step.pointee.memory = memory
-        asking.append(index)
+        ask(index)
+    }
+
+    /// The step goes on once the map has been asked, under the lock.
+    func ask(_ index: Int32) {
+        if steps[index].pointee.intent.walks { walking.append(index) } else { asking.append(index) }
     }
 
     private func unmap(_ request: Int32, _ blocks: Range<UInt64>) {
         let index = newStep(request, .unmap)
         steps[index].pointee.virtualBlock = blocks.lowerBound
         steps[index].pointee.blockLimit = blocks.upperBound
-        asking.append(index)
+        ask(index)
     }
 
     private func transfer(
@@ -460,6 +476,7 @@ public final class VolumeIO: @unchecked Sendable {
     /// Starts, or goes on with, the I/O of a step's phase.
     func issue(_ index: Int32) {
         let step = steps[index]
+        if !step.pointee.hasCell, isAbandoned(step.pointee.request) { return fail(index, EIO) }
         if step.pointee.mayBeHole, skipsZeroes(index) { return }
         let tag = UInt64(UInt32(bitPattern: index))
         let result: Int32?
@@ -537,10 +554,7 @@ public final class VolumeIO: @unchecked Sendable {
     /// A step failed: its block is not inserted, the request gets the error.
     func fail(_ index: Int32, _ error: Int32) {
         let step = steps[index]
-        let request = requests[step.pointee.request]
-        if request.pointee.error == 0 { request.pointee.error = error }
-        // The request gives out no more steps.
-        request.pointee.cursor = request.pointee.end
+        fail(requests[step.pointee.request], error)
         if step.pointee.hasCell {
             // The cell and the reservation are given back under the lock.
             step.pointee.phase = .filled
@@ -549,6 +563,12 @@ public final class VolumeIO: @unchecked Sendable {
         } else {
             end(index)
         }
+    }
+
+    /// The request gives out no more steps; its first error is the one that is told.
+    func fail(_ request: UnsafeMutablePointer<Request>, _ error: Int32) {
+        if request.pointee.error == 0 { request.pointee.error = error }
+        request.pointee.cursor = request.pointee.end
     }
 
     /// The step's I/O is over for now: nothing holds blocks for it any more.
@@ -567,11 +587,19 @@ public final class VolumeIO: @unchecked Sendable {
         steps.give(index)
         let slot = requests[request]
         slot.pointee.pending -= 1
+        if slot.pointee.cursor < slot.pointee.end, isAbandoned(request) {
+            fail(slot, EIO)
+        }
         if slot.pointee.cursor < slot.pointee.end {
             advance(request)
         } else if slot.pointee.pending == 0 {
             makeDurable(request)
         }
+    }
+
+    /// Nobody waits for the answer: what has not begun is left undone, and the request fails.
+    func isAbandoned(_ request: Int32) -> Bool {
+        requests[request].pointee.isAbandoned?.pointee ?? false
     }
 
     // MARK: - The end of a request

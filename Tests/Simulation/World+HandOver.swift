@@ -10,7 +10,10 @@ extension World {
         defer { isHandingOver = false }
         for reactor in reactors { reactor.pause() }
         var patience = 100_000
-        while !(pool.isAtRest && !reactors.contains(where: \.isBusy)) {
+        // To take note of a change is to read what it made, and another may be told done meanwhile.
+        while !pool.isAtRest || reactors.contains(where: \.isBusy)
+            || changes.contains(where: { $0.result != nil })
+        {
             if !(try progress()) { clock += 100_000_000 }
             patience -= 1
             guard failedAt == nil, patience > 0 else {

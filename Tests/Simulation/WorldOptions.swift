@@ -138,9 +138,10 @@ extension PoolBounds {
         piece = 512 << random.below(6)
         // Few volumes here have more than some dozens of blocks.
         tablePageShift = [0, 1, 3, 6, 9][random.below(5)]
-        unmapBatch = 1 + random.below(3)
+        unmapsPerLeaf = 1 + random.below(3)
         extentSteps = 1 + random.below(3)
-        extentSlice = 1 + random.below(2)
+        turnLeaves = 1 + random.below(2)
+        steps = 1 + random.below(8)
         cachedPages = 1 + random.below(3)
         smallDeletion = UInt64(random.below(4))
         deletionSlice = 1 + random.below(3)

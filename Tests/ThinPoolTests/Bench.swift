@@ -157,7 +157,7 @@ final class Bench {
     func send(
         _ operation: VolumeOperation, _ volume: Volume, at offset: Int = 0, length: Int = 0,
         buffer: UnsafeMutableRawPointer? = nil, fua: Bool = false, noHole: Bool = false,
-        query: ExtentQuery? = nil, on reactor: Int = 0
+        query: ExtentQuery? = nil, isAbandoned: UnsafePointer<Bool>? = nil, on reactor: Int = 0
     ) -> UInt64 {
         let cookie = nextCookie
         nextCookie += 1
@@ -166,7 +166,7 @@ final class Bench {
                 VolumeRequest(
                     operation: operation, volume: volume, offset: UInt64(offset),
                     length: UInt64(length), buffer: buffer, fua: fua, noHole: noHole,
-                    query: query, cookie: cookie))
+                    query: query, isAbandoned: isAbandoned, cookie: cookie))
         }
         return cookie
     }

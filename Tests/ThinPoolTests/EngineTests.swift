@@ -95,4 +95,72 @@ private final class NoDataIO: DataIO {
         #expect(bench.answer(long) == 0)
         #expect(memory.allSatisfy { $0 == 0 })
     }
+
+    /// A bench with a volume "v" whose blocks are all mapped.
+    private func mapped(blocks: Int, _ bounds: PoolBounds) throws -> (Bench, Volume) {
+        var options = PoolOptions()
+        options.bounds = bounds
+        let bench = try Bench(dataBlocks: blocks + 20, options: options)
+        let length = blocks * Bench.blockSize
+        try bench.change(.create(name: "v", size: UInt64(length)))
+        let v = try bench.volume("v")
+        #expect(try bench.perform(.writeZeroes, v, length: length, noHole: true) == 0)
+        return (bench, v)
+    }
+
+    /// Requests of 28 bytes that are thousands of steps each.
+    @Test func slotsAreBounded() throws {
+        var bounds = PoolBounds()
+        bounds.steps = 32
+        let (blocks, count) = (70, 200)
+        let (bench, v) = try mapped(blocks: blocks, bounds)
+        bench.holds = { $0.device == .data }
+        let requests = (0..<count).map { _ in
+            bench.send(.writeZeroes, v, length: blocks * Bench.blockSize, noHole: true)
+        }
+        #expect(bench.reactors[0].engine.steps.taken <= bounds.steps + Int(bounds.window) + count)
+        bench.holds = { _ in false }
+        try bench.settle { requests.allSatisfy { bench.answer($0) != nil } }
+        #expect(requests.allSatisfy { bench.answer($0) == 0 })
+    }
+
+    /// Many questions are answered by and by; what needs one look at the map is not behind them.
+    @Test func questionsAreAnsweredByAndBy() throws {
+        var bounds = PoolBounds()
+        bounds.turnLeaves = 1
+        let (bench, v) = try mapped(blocks: 1000, bounds)
+        let queries = (0..<300).map { _ in ExtentQuery(kinds: [.allocation], limit: 100) }
+        bench.holds = { _ in true }
+        let questions = queries.map { bench.send(.extents, v, length: Int(v.size), query: $0) }
+        #expect(questions.count { bench.answer($0) != nil } < 300)
+        bench.holds = { _ in false }
+        let write = bench.sendWrite(7, v, at: 0, length: 512)
+        try bench.settle { bench.answer(write) != nil }
+        #expect(questions.contains { bench.answer($0) == nil })
+        try bench.settle { questions.allSatisfy { bench.answer($0) == 0 } }
+        #expect(
+            queries.allSatisfy { $0.extents == [[Extent(length: v.size, status: 0)]] })
+    }
+
+    /// What is left of a request that nobody waits for is not done.
+    @Test(arguments: [VolumeOperation.writeZeroes, .extents])
+    func abandonedRequestsEnd(_ operation: VolumeOperation) throws {
+        var bounds = PoolBounds()
+        (bounds.window, bounds.turnLeaves) = (2, 1)
+        let (bench, v) = try mapped(blocks: 1000, bounds)
+        let isAbandoned = UnsafeMutablePointer<Bool>.allocate(capacity: 1)
+        defer { isAbandoned.deallocate() }
+        isAbandoned.initialize(to: false)
+        let query = ExtentQuery(kinds: [.allocation], limit: 100)
+        bench.holds = { $0.device == .data }
+        let before = bench.recording.ios.count
+        let request = bench.send(
+            operation, v, length: Int(v.size), noHole: true, query: query,
+            isAbandoned: isAbandoned)
+        isAbandoned.pointee = true
+        bench.holds = { _ in false }
+        try bench.settle { bench.answer(request) != nil }
+        #expect(bench.recording.ios.count - before <= 2)
+        #expect(query.extents[0].reduce(0) { $0 + $1.length } < v.size)
+    }
 }

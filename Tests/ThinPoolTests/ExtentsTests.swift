@@ -72,7 +72,7 @@ import ThinPool
     @Test(arguments: 0..<12 as Range<UInt64>) func asTheModelSays(seed: UInt64) throws {
         var random = SeededRandom(seed: seed)
         var options = PoolOptions()
-        (options.bounds.extentSteps, options.bounds.extentSlice) = Self.bounds[Int(seed) % 3]
+        (options.bounds.extentSteps, options.bounds.turnLeaves) = Self.bounds[Int(seed) % 3]
         options.cacheBlocks = [4, 256][random.below(2)]
         let bench = try Bench(dataBlocks: 200, reactors: 1, options: options)
         var model = Model()
@@ -199,7 +199,7 @@ import ThinPool
     @Test func aLongRunTakesBoundedSteps() throws {
         var options = PoolOptions()
         options.bounds.extentSteps = 4
-        options.bounds.extentSlice = 1
+        options.bounds.turnLeaves = 1
         let blocks = 8000
         let bench = try Bench(dataBlocks: blocks + 20, options: options)
         try bench.change(.create(name: "v", size: UInt64(blocks * Self.block)))
