@@ -2,8 +2,9 @@
 //
 // 1. A connection counts from its admission until it is forgotten, which may be said any number of
 //    times: what is counted are entries, so no way to end loses one or takes two away.
-// 2. Where there is no room, whoever is still in its handshake gives way to who comes: the oldest
-//    of the client that has the most of them. One that has chosen its export never does.
+// 2. Where there is no room, whoever is still in its handshake, or on its way out, gives way to who
+//    comes: the oldest of the client that has the most of them. One that has chosen its export never
+//    does.
 //
 // The lock is taken when a connection comes, chooses its export and goes, not for requests.
 
@@ -39,8 +40,8 @@ package final class Admission: Sendable {
 
     private struct Client {
         var count = 0
-        /// In the handshake, the oldest first.
-        var greeting: [Session] = []
+        /// In the handshake or on the way out, who gives way first in front.
+        var yielding: [Session] = []
     }
 
     private struct State {
@@ -50,16 +51,37 @@ package final class Admission: Sendable {
         var clients: [Peer.Owner: Client] = [:]
         var exports: [String: Int] = [:]
 
+        var firstToYield: Session? {
+            clients.values.max { $0.yielding.count < $1.yielding.count }?.yielding.first
+        }
+
         mutating func remove(_ session: Session) {
             guard let chosen = sessions.removeValue(forKey: session) else { return }
             if let export = chosen {
-                exports[export]! -= 1
-                if exports[export] == 0 { exports[export] = nil }
+                leave(export)
             } else {
-                clients[session.owner]!.greeting.removeAll { $0 == session }
+                clients[session.owner]!.yielding.removeAll { $0 == session }
             }
             clients[session.owner]!.count -= 1
             if clients[session.owner]!.count == 0 { clients[session.owner] = nil }
+        }
+
+        mutating func add(_ owner: Peer.Owner, reactor: Int, export: String?) -> Session {
+            let session = Session(number: nextNumber, owner: owner, reactor: reactor)
+            nextNumber += 1
+            sessions[session] = .some(export)
+            clients[owner, default: Client()].count += 1
+            if let export {
+                exports[export, default: 0] += 1
+            } else {
+                clients[owner]!.yielding.append(session)
+            }
+            return session
+        }
+
+        mutating func leave(_ export: String) {
+            exports[export]! -= 1
+            if exports[export] == 0 { exports[export] = nil }
         }
     }
 
@@ -73,23 +95,18 @@ package final class Admission: Sendable {
             var displaced: Session?
             let own = state.clients[owner] ?? Client()
             if let most = limits.ofClient, own.count >= most {
-                guard let oldest = own.greeting.first else {
+                guard let oldest = own.yielding.first else {
                     return .full("it has \(most) connections already")
                 }
                 displaced = oldest
             } else if state.sessions.count >= limits.total {
-                let busiest = state.clients.values.max { $0.greeting.count < $1.greeting.count }
-                guard let oldest = busiest?.greeting.first else {
+                guard let oldest = state.firstToYield else {
                     return .full("\(limits.total) connections are open")
                 }
                 displaced = oldest
             }
             if let displaced { state.remove(displaced) }
-            let session = Session(number: state.nextNumber, owner: owner, reactor: reactor)
-            state.nextNumber += 1
-            state.sessions[session] = .some(nil)
-            state.clients[owner, default: Client()].count += 1
-            state.clients[owner]!.greeting.append(session)
+            let session = state.add(owner, reactor: reactor, export: nil)
             return .admitted(session, displaced: displaced)
         }
     }
@@ -106,8 +123,22 @@ package final class Admission: Sendable {
             }
             state.sessions[session] = export
             state.exports[export, default: 0] += 1
-            state.clients[session.owner]!.greeting.removeAll { $0 == session }
+            state.clients[session.owner]!.yielding.removeAll { $0 == session }
             return nil
+        }
+    }
+
+    /// The connection has given up its export, if it had any, and is on its way out. First to give
+    /// way: it needs nothing any more. False: it had to make room already.
+    package func leave(_ session: Session) -> Bool {
+        state.withLock { state in
+            guard let chosen = state.sessions[session] else { return false }
+            if let export = chosen {
+                state.leave(export)
+                state.sessions[session] = .some(nil)
+                state.clients[session.owner]!.yielding.insert(session, at: 0)
+            }
+            return true
         }
     }
 

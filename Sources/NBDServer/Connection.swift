@@ -34,6 +34,8 @@ package final class Connection {
     /// In the reactor's list of connections to look after at the end of the turn.
     var isMarked = false
     var isShutDown = false
+    /// Its socket is closed when the client has ended its stream, too.
+    var endsInOrder = false
     var isAnnounced = false
     /// The kernel does not want this connection's TLS.
     var staysWithTLS = false

@@ -24,6 +24,7 @@ final class Reactor {
     private let data: QueueDataIO
     private let engine: VolumeIO
     private let buffers: BufferPool
+    private let farewells: Farewells
 
     // Listeners: the first reactor has them all.
     private struct Door {
@@ -107,6 +108,7 @@ final class Reactor {
         let (queue, fallbackReason) = try makeIOQueue(
             entries: Self.queueEntries, allowRing: configuration.allowRing)
         self.queue = queue
+        farewells = Farewells(queue: queue)
         if number == 0 {
             logger.info(
                 "I/O by \(queue.name)\(fallbackReason.map { ": \($0)" } ?? "")",
@@ -159,6 +161,7 @@ final class Reactor {
                 shutdown(connection.socket, Int32(SHUT_RDWR))
                 _ = Unmanaged.passRetained(connection)
             }
+            farewells.abandon()
             for door in doors where door.isOpen { door.listener.close() }
         }
         for arrival in mailbox.close() { turnAway(arrival) }
@@ -170,7 +173,7 @@ final class Reactor {
     }
 
     private var isFinished: Bool {
-        stopDeadline != nil && connectionCount == 0 && engine.inFlight == 0
+        stopDeadline != nil && connectionCount == 0 && farewells.isEmpty && engine.inFlight == 0
             && doors.allSatisfy { !$0.isOpen }
     }
 
@@ -258,6 +261,11 @@ final class Reactor {
             connection.isSending = false
             connection.sent(completion.result, engine)
             mark(connection)
+        case .farewell:
+            let socket = Int32(tag.index)
+            if let session = farewells.received(completion.result, on: socket) {
+                dismiss(socket, session)
+            }
         case .wake: wake()
         case .tick: ticked()
         case .accept: acceptEnded(completion.result, by: tag.index)
@@ -337,13 +345,20 @@ final class Reactor {
         if let session = connection.sessionForKernel(kernelTLS) {
             leave(session, of: connection)
         }
-        if connection.isDrained { connection.breakOff(nil) }
+        if connection.isDrained {
+            connection.endsInOrder = Farewells.isFor(connection.socket)
+            connection.breakOff(nil)
+        }
         if connection.canBeCarried { carry(connection) }
         report(connection)
         if connection.phase == .closed {
             if !connection.isShutDown && !connection.isCarried {
                 connection.isShutDown = true
-                shutdown(connection.socket, Int32(SHUT_RDWR))
+                if !connection.endsInOrder {
+                    shutdown(connection.socket, Int32(SHUT_RDWR))
+                } else if connection.isReceiving {
+                    cancelReceive(connection)
+                }
             }
             if connection.isGone { remove(connection) }
             return
@@ -438,10 +453,19 @@ final class Reactor {
         connections[connection.index] = nil
         freeIndices.append(connection.index)
         connectionCount -= 1
+        let (socket, session) = (connection.socket, connection.session!)
         if connection.isCarried {
-            shared.admission.forget(connection.session!)
+            shared.admission.forget(session)
+        } else if connection.endsInOrder,
+            stopDeadline == nil || !Farewells.hasEverything(socket),
+            shared.admission.leave(session)
+        {
+            farewells.begin(
+                socket, session, deadline: tick + ticks(shared.configuration.stallTimeout),
+                usesKernelTLS: connection.usesKernelTLS)
+            startTicking()
         } else {
-            dismiss(connection.socket, connection.session!)
+            dismiss(socket, session)
         }
     }
 
@@ -485,8 +509,9 @@ final class Reactor {
         mark(connection)
     }
 
-    /// It is in its handshake, and others came for whom there is no room.
+    /// It is in its handshake, or on its way out, and others came for whom there is no room.
     private func displace(_ session: Admission.Session) {
+        farewells.displace(session)
         for index in 0..<capacity {
             guard let connection = connections[index], connection.session == session else {
                 continue
@@ -650,11 +675,12 @@ final class Reactor {
         isTicking = false
         tick += 1
         memoryIsShort = buffers.takeShortage()
-        var goesOn = stopDeadline != nil
+        var goesOn = stopDeadline != nil || !farewells.isEmpty
         for index in 0..<capacity {
             guard let connection = connections[index] else { continue }
             if watch(connection) { goesOn = true }
         }
+        farewells.watch(tick: tick, stopDeadline: stopDeadline)
         if goesOn || memoryIsShort { startTicking() }
     }
 
@@ -736,17 +762,20 @@ final class Reactor {
             if mailbox.shouldCarry { pause(connection) } else { connection.stop() }
             mark(connection)
         }
+        farewells.watch(tick: tick, stopDeadline: stopDeadline)
     }
 
     // MARK: - Leaving connections to the next server
 
     private func pause(_ connection: Connection) {
         connection.pause()
-        if connection.isReceiving {
-            cancel(
-                connection.socket,
-                Tag(.receive, index: connection.index, generation: connection.generation))
-        }
+        if connection.isReceiving { cancelReceive(connection) }
+    }
+
+    private func cancelReceive(_ connection: Connection) {
+        cancel(
+            connection.socket,
+            Tag(.receive, index: connection.index, generation: connection.generation))
     }
 
     private func cancel(_ descriptor: Int32, _ tag: Tag) {

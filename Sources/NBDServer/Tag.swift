@@ -19,6 +19,8 @@ struct Tag {
         case send = 6
         /// Ends a receive or an accept.
         case cancel = 7
+        /// Index: the socket's descriptor.
+        case farewell = 8
     }
 
     static let engineBit: UInt64 = 1 << 63

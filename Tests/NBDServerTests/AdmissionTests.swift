@@ -38,6 +38,22 @@ import Testing
         #expect(admitted(admission.admit(.user(5), reactor: 0))?.displaced?.owner == .user(4))
     }
 
+    @Test func whoLeavesMakesRoom() throws {
+        let admission = Admission(.init(total: 2, ofExport: 1))
+        let greeting = try #require(admitted(admission.admit(.user(1), reactor: 0))).session
+        let leaving = try #require(admitted(admission.admit(.user(1), reactor: 0))).session
+        #expect(admission.enter(leaving, export: "a") == nil)
+        #expect(admission.leave(leaving))
+        // Before those who greet; and its place at the export is free.
+        let next = try #require(admitted(admission.admit(.user(1), reactor: 0)))
+        #expect(next.displaced == leaving)
+        #expect(admission.enter(next.session, export: "a") == nil)
+        #expect(!admission.leave(leaving))
+        // Who has chosen nothing has nothing to give up.
+        #expect(admission.leave(greeting))
+        #expect(admitted(admission.admit(.user(1), reactor: 0))?.displaced == greeting)
+    }
+
     @Test func ofOneClient() throws {
         let admission = Admission(.init(total: 100, ofClient: 2))
         for (mine, other) in [
@@ -79,7 +95,7 @@ import Testing
             let admission = Admission(.init(total: 12, ofClient: 5, ofExport: 6))
             var open: [(session: Admission.Session, export: String?)] = []
             for _ in 0..<150 {
-                switch draw(4) {
+                switch draw(5) {
                 case 0, 1:
                     let owner = Peer.Owner.user(UInt32(draw(4)))
                     guard let (session, displaced) = admitted(admission.admit(owner, reactor: 0))
@@ -103,6 +119,11 @@ import Testing
                     let isIn = admission.enter(open[index].session, export: export) == nil
                     #expect(isIn == (open.count { $0.export == export } < 6))
                     if isIn { open[index].export = export }
+                case 3:
+                    guard !open.isEmpty else { continue }
+                    let index = draw(open.count)
+                    #expect(admission.leave(open[index].session))
+                    open[index].export = nil
                 default:
                     guard !open.isEmpty else { continue }
                     let session = open.remove(at: draw(open.count)).session
