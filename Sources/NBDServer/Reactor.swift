@@ -92,7 +92,7 @@ final class Reactor {
     private static let longestTick: UInt64 = 1_000_000_000
     private static let shortestTick: UInt64 = 10_000_000
     /// While others wait for memory, a client that holds some has to move this much in the stall
-    /// timeout.
+    /// timeout, on its way out, too.
     private static let leastProgress: UInt64 = 1 << 20
 
     /// - Note: called on the reactor's own thread, which the queue belongs to.
@@ -696,7 +696,10 @@ final class Reactor {
             }
             return true
         case .draining:
-            if hasStalled(connection, unlessMoved: 1), connection.transmission?.inFlight ?? 0 == 0 {
+            let isInTheWay = memoryIsShort && connection.isHoardingMemory
+            if hasStalled(connection, unlessMoved: isInTheWay ? Self.leastProgress : 1),
+                connection.transmission?.inFlight ?? 0 == 0
+            {
                 end(connection, "the client does not take its last replies")
             }
             return true

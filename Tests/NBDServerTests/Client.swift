@@ -40,8 +40,19 @@ final class Client {
     }
 
     /// To 127.0.0.1.
-    init(tcp port: UInt16, timeout seconds: Int = 60) throws {
+    /// - Parameter hasLittleRoom: neither end of the connection keeps many bytes for the other.
+    init(tcp port: UInt16, hasLittleRoom: Bool = false, timeout seconds: Int = 60) throws {
         socket = Glibc.socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
+        if hasLittleRoom {
+            for (level, name, var value) in [
+                (SOL_SOCKET, SO_RCVBUF, Int32(16 << 10)),
+                // The server's end makes room for some segments.
+                (Int32(IPPROTO_TCP), TCP_MAXSEG, 1000),
+            ] {
+                let length = socklen_t(MemoryLayout.size(ofValue: value))
+                setsockopt(socket, level, name, &value, length)
+            }
+        }
         var address = sockaddr_in()
         address.sin_family = sa_family_t(AF_INET)
         address.sin_port = port.bigEndian

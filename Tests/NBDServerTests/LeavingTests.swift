@@ -4,6 +4,7 @@
 import Glibc
 import NBDProtocol
 import NBDServer
+import Synchronization
 import Testing
 import ThinPool
 
@@ -20,9 +21,11 @@ import ThinPool
         }
     }
 
-    private func client(_ server: TestServer) throws -> Client {
+    private func client(
+        _ server: TestServer, hasLittleRoom: Bool = false
+    ) throws -> Client {
         let port = try #require(UInt16(server.uris[1].split(separator: ":").last!))
-        let client = try Client(tcp: port)
+        let client = try Client(tcp: port, hasLittleRoom: hasLittleRoom)
         try client.negotiate("alpha")
         return client
     }
@@ -131,5 +134,33 @@ import ThinPool
                     Glibc.send(client.socket, $0.baseAddress!, $0.count, Int32(MSG_NOSIGNAL))
                 } < 0
             })
+    }
+
+    /// Also on its way out a client has to move if it holds memory that others wait for.
+    @Test(arguments: [true, false]) func leavingWithoutHaste(ring: Bool) throws {
+        let server = try server(ring: ring) {
+            $0.reactors = 1
+            $0.payloadBytesTotal = 64 << 20
+            $0.stallTimeout = .seconds(2)
+        }
+        let patient = try Client(unix: server.socketPath, export: "alpha", timeout: 10)
+        let hoarders = try (0..<2).map { _ in try client(server, hasLittleRoom: true) }
+        for hoarder in hoarders {
+            try hoarder.send(reads(1, 32 << 20) + Client.request(.disconnect, cookie: 0))
+        }
+        let isOver = Atomic<Bool>(false)
+        let sockets = hoarders.map(\.socket)
+        let trickle = TestThread {
+            var bytes = [UInt8](repeating: 0, count: 16 << 10)
+            while !isOver.load(ordering: .relaxed) {
+                for socket in sockets { recv(socket, &bytes, bytes.count, Int32(MSG_DONTWAIT)) }
+                usleep(50_000)
+            }
+        }
+        usleep(200_000)
+        #expect((try? patient.read(0, 1 << 20))?.count == 1 << 20)
+        isOver.store(true, ordering: .relaxed)
+        trickle.join()
+        #expect(server.log.has(.warning, "does not take its last replies"))
     }
 }
