@@ -111,12 +111,20 @@ package final class Admission: Sendable {
         }
     }
 
+    /// The server before had let it in, to an export: it stays, and gives way to nobody.
+    package func takeOver(_ owner: Peer.Owner, reactor: Int, export: String) -> Verdict {
+        state.withLock {
+            .admitted($0.add(owner, reactor: reactor, export: export), displaced: nil)
+        }
+    }
+
     /// The client has chosen an export: its handshake ends. Nil, or why it may not.
     package func enter(_ session: Session, export: String) -> String? {
         state.withLock { state in
             guard let chosen = state.sessions[session] else {
                 return "the server has too many connections"
             }
+            if chosen == export { return nil }  // Taken over.
             precondition(chosen == nil, "a connection chose two exports")
             if let most = limits.ofExport, state.exports[export, default: 0] >= most {
                 return "the export has \(most) connections already"
@@ -160,5 +168,5 @@ struct Arrival: Sendable {
     let isReadOnly: Bool
     let session: Admission.Session
     /// Nil: it has not been greeted.
-    var carried: CarriedConnection?
+    let carried: CarriedConnection?
 }

@@ -35,4 +35,9 @@ package struct CarriedConnection: Codable, Sendable {
     var input: Data
     /// Version and algorithms of TLS, which the kernel does; nil: there is none.
     var tls: String?
+
+    /// The export, if it has been chosen.
+    var exportName: String? {
+        if case .transmission(let name, _, _, _) = stage { name } else { nil }
+    }
 }

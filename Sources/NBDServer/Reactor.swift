@@ -473,7 +473,13 @@ final class Reactor {
     private func turnAway(_ arrival: Arrival) {
         guard mailbox.shouldCarry else { return dismiss(arrival.socket, arrival.session) }
         shared.admission.forget(arrival.session)
-        shared.carried.withLock { $0.arrivals.append(arrival.socket) }
+        shared.carried.withLock { handOver in
+            if let carried = arrival.carried {
+                handOver.connections.append(carried)
+            } else {
+                handOver.arrivals.append(arrival.socket)
+            }
+        }
     }
 
     /// Closes an accepted socket.
@@ -578,11 +584,10 @@ final class Reactor {
     }
 
     private func welcome(_ socket: Int32, _ carried: CarriedConnection? = nil) {
-        guard var arrival = admit(socket, to: takeReactor()) else {
+        guard let arrival = admit(socket, carried, to: takeReactor()) else {
             close(socket)
             return
         }
-        arrival.carried = carried
         let target = arrival.session.reactor
         if target == number {
             adopt(arrival)
@@ -615,7 +620,9 @@ final class Reactor {
     }
 
     /// Nil: it is not let in, which the log knows.
-    private func admit(_ socket: Int32, to reactor: Int) -> Arrival? {
+    private func admit(
+        _ socket: Int32, _ carried: CarriedConnection? = nil, to reactor: Int
+    ) -> Arrival? {
         let peer = Peer(of: socket)
         func refuse(_ reason: String) -> Arrival? {
             warnOfStranger("client refused: \(reason)", ["peer": "\(peer.description)"])
@@ -623,7 +630,12 @@ final class Reactor {
         }
         let decision = shared.configuration.rules.decision(for: peer.identity)
         guard decision != .deny else { return refuse("the rules do not let it in") }
-        switch shared.admission.admit(peer.owner, reactor: reactor) {
+        let admission = shared.admission
+        let verdict =
+            carried?.exportName.map {
+                admission.takeOver(peer.owner, reactor: reactor, export: $0)
+            } ?? admission.admit(peer.owner, reactor: reactor)
+        switch verdict {
         case .full(let reason):
             return refuse(reason)
         case .admitted(let session, let displaced):
@@ -632,7 +644,7 @@ final class Reactor {
                 socket, keepAliveSeconds: shared.configuration.keepAliveSeconds)
             return Arrival(
                 socket: socket, peer: peer, isReadOnly: decision == .allowReadOnly,
-                session: session)
+                session: session, carried: carried)
         }
     }
 

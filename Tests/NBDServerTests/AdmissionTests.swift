@@ -75,6 +75,20 @@ import Testing
         #expect(try owner("2001:db8::1") == owner("2001:db8::ffff:0:1"))
     }
 
+    /// Who was let in by the server before stays, whatever the limits are and whoever comes.
+    @Test func whoWasLetInStays() throws {
+        let admission = Admission(.init(total: 2, ofClient: 2, ofExport: 2))
+        let carried = (0..<3).compactMap { _ in
+            admitted(admission.takeOver(.user(1), reactor: 0, export: "a"))?.session
+        }
+        #expect(carried.count == 3)
+        #expect(admitted(admission.admit(.user(1), reactor: 0)) == nil)
+        #expect(admitted(admission.admit(.user(2), reactor: 0)) == nil)
+        for session in carried { #expect(admission.enter(session, export: "a") == nil) }
+        for session in carried { admission.forget(session) }
+        #expect(admission.isEmpty)
+    }
+
     @Test func toOneExport() throws {
         let admission = Admission(.init(total: 100, ofExport: 1))
         let sessions = (0..<3).compactMap {
