@@ -44,8 +44,8 @@ package final class Connection {
     private(set) var moved: UInt64 = 0
     var watchedMoved: UInt64 = 0
     var watchedSince: UInt64
-    /// The reactor's tick by which the handshake has to end.
-    let handshakeDeadline: UInt64
+    /// The reactor's tick by which the handshake has to end, later by what it waited for its export.
+    var handshakeDeadline: UInt64
     /// Since which tick nothing has moved, as far as the reactor looked, and what had by then.
     var idleSince: UInt64
     var idleMoved: UInt64 = 0

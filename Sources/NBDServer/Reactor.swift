@@ -703,7 +703,10 @@ final class Reactor {
         }
         switch connection.phase {
         case .handshake:
-            if tick >= connection.handshakeDeadline {
+            if connection.isWaiting {
+                // It is not the client that is slow.
+                connection.handshakeDeadline += 1
+            } else if tick >= connection.handshakeDeadline {
                 end(connection, "the handshake took too long")
             }
             return true
