@@ -22,6 +22,11 @@ public final class PoolServer {
     private static let patience = 5000
     private static let pause: UInt32 = 50
 
+    /// Descriptors that a reactor has beside its connections'.
+    private static let filesOfReactor = 4
+    /// What the pool, listeners, the management socket, its clients and a restart may have open.
+    private static let otherFiles = 64
+
     /// Opens the pool. Call it on the main thread before there are others: they inherit what is
     /// set here for the process.
     public init(_ path: String, _ options: ServeOptions, logger: Logger) throws(ControlError) {
@@ -31,6 +36,7 @@ public final class PoolServer {
             try tls.configuration(logger)
         }
         let allowRing = try Self.prepare(options, logger)
+        let maxConnections = Self.connectionLimit(options, logger)
         let local = try Self.open(directory, options, allowRing: allowRing)
         self.local = local
         local.pool.onFailure = { error in
@@ -44,6 +50,7 @@ public final class PoolServer {
         }
         var configuration = Self.configuration(directory, local, options, allowRing: allowRing)
         configuration.tls = tls
+        configuration.maxConnections = maxConnections
         let names = Set(local.pool.volumeNames())
         for name in tls?.requiredExports.subtracting(names).sorted() ?? [] {
             logger.warning("there is no volume \(name) yet, whose clients have to use TLS")
@@ -78,7 +85,6 @@ public final class PoolServer {
         configuration.defaultExport = options.defaultExport
 
         configuration.rules = options.rules
-        configuration.maxConnections = options.maxConnections
         configuration.maxConnectionsOfClient = options.maxConnectionsOfClient
         configuration.maxConnectionsToExport = options.maxConnectionsToExport
         configuration.handshakeTimeout = options.handshakeTimeout
@@ -155,7 +161,6 @@ public final class PoolServer {
         -> Bool
     {
         logger.info("wafer \(waferVersion)")
-        ProcessSettings.raiseFileLimit()
         do throws(DeviceError) {
             try ProcessSettings.setIOFlusher()
             logger.info("marked as an I/O flusher: may serve the machine it runs on")
@@ -183,6 +188,20 @@ public final class PoolServer {
             logger.info("I/O engine: \(name)\(reason.map { " (\($0))" } ?? "")")
         } catch { throw ControlError(error) }
         return options.io != .poll
+    }
+
+    /// As many connections as there can be descriptors: those without one would wait for strangers
+    /// to leave, whereas among those that are counted somebody gives way.
+    private static func connectionLimit(_ options: ServeOptions, _ logger: Logger) -> Int {
+        let files = Int(clamping: ProcessSettings.raiseFileLimit())
+        let room = max(files - otherFiles - options.reactors * filesOfReactor, 1)
+        guard room < options.maxConnections else { return options.maxConnections }
+        logger.warning(
+            """
+            there will be no more than \(room) connections at once, because the limit of open \
+            files is \(files): raise it (ulimit -Hn, LimitNOFILE=)
+            """)
+        return room
     }
 
     /// Locked memory that runs into a limit later would be worse than none.

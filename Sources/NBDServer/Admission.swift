@@ -150,6 +150,15 @@ package final class Admission: Sendable {
         }
     }
 
+    /// There is no descriptor for another: who has to make room, and does not count any more.
+    package func makeRoom() -> Session? {
+        state.withLock { state in
+            let displaced = state.firstToYield
+            if let displaced { state.remove(displaced) }
+            return displaced
+        }
+    }
+
     /// The connection has come to its end.
     package func forget(_ session: Session) {
         state.withLock { $0.remove(session) }

@@ -560,7 +560,10 @@ final class Reactor {
         } else if stopDeadline == nil {
             switch -result {
             case EAGAIN, EINTR, ECONNABORTED, EPROTO: break
-            default:
+            case let code:
+                if code == EMFILE, let displaced = shared.admission.makeRoom() {
+                    shared.mailboxes[displaced.reactor].displace(displaced)
+                }
                 if !doors[index].hasWarned {
                     doors[index].hasWarned = true
                     logger.warning(

@@ -24,10 +24,11 @@ final class AttackedServer: Sendable {
 
     init(
         _ options: [String] = [], volumes: [(String, UInt64)] = [(volume, size)],
-        engine: Engine = .ring
+        engine: Engine = .ring, files: Int? = nil
     ) throws {
         let pool = try TestPool(volumes: volumes)
-        server = try Server(pool, engine: engine, options: ["--reactors", "2"] + options)
+        server = try Server(
+            pool, engine: engine, options: ["--reactors", "2"] + options, files: files)
     }
 
     var pool: TestPool { server.pool }

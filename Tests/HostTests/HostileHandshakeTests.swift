@@ -380,6 +380,19 @@ import Testing
         }
     }
 
+    @Test("Hundreds that stall in the handshake, and fewer descriptors than connections")
+    func fewDescriptors() throws {
+        let attacked = try AttackedServer(files: 100)
+        #expect(attacked.server.program.error.contains("connections at once, because"))
+        for _ in 0..<3 {
+            let silent = try Self.halfOpen(attacked, 300)
+            try attacked.expectService()
+            #expect(try attacked.pool.status().mode == "writable")
+            for client in silent { client.leave() }
+        }
+        try attacked.finish()
+    }
+
     @Test("CVE-2024-7409: hundreds that stall in the handshake, torn down while the server stops")
     func stoppingWithStalledHandshakes() throws {
         let scratch = try Scratch()

@@ -110,12 +110,18 @@ final class Server: Sendable {
 
     private static let startSeconds = 30.0
 
-    init(_ pool: TestPool, engine: Engine = .ring, options: [String] = []) throws {
+    /// - Parameter files: how many it may have open; nil: as many as this process.
+    init(
+        _ pool: TestPool, engine: Engine = .ring, options: [String] = [], files: Int? = nil
+    ) throws {
         self.pool = pool
         unixPath = pool.scratch.newFile("sock")
+        let limit = files.map { ["/usr/bin/prlimit", "--nofile=\($0):\($0)"] } ?? []
+        let command =
+            limit + [Program.wafer, "serve", pool.path, "--unix", unixPath]
+            + ["--listen", "127.0.0.1:0"] + options
         program = try Program(
-            Program.wafer,
-            ["serve", pool.path, "--unix", unixPath, "--listen", "127.0.0.1:0"] + options,
+            command[0], Array(command.dropFirst()),
             in: pool.scratch, environment: engine.environment)
         let program = program
         let began = eventually(within: Self.startSeconds) {
