@@ -40,15 +40,14 @@ package final class Connection {
     /// The kernel does not want this connection's TLS.
     var staysWithTLS = false
     var hasWarned = false
-    /// Bytes received and sent, and how many there were when the reactor last began to watch.
+    /// Bytes received and sent.
     private(set) var moved: UInt64 = 0
-    var watchedMoved: UInt64 = 0
-    var watchedSince: UInt64
+    /// While it keeps others waiting.
+    var progress: Movement
+    /// While nothing of it is under way.
+    var activity: Movement
     /// The reactor's tick by which the handshake has to end, later by what it waited for its export.
     var handshakeDeadline: UInt64
-    /// Since which tick nothing has moved, as far as the reactor looked, and what had by then.
-    var idleSince: UInt64
-    var idleMoved: UInt64 = 0
     /// What it counts as, where connections are counted.
     let session: Admission.Session?
 
@@ -119,8 +118,8 @@ package final class Connection {
         self.session = session
         credentials = tls?.credentials
         handshake = Handshake(tls: tls?.policy ?? .off)
-        watchedSince = tick
-        idleSince = tick
+        progress = Movement(at: tick)
+        activity = Movement(at: tick)
         self.handshakeDeadline = handshakeDeadline
         greetingInput = .allocate(byteCount: Self.greetingCapacity, alignment: 16)
         greetingMessage = .allocate(capacity: 1)

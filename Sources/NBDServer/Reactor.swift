@@ -10,40 +10,32 @@
 // 3. A connection is freed when neither the kernel nor the engine has anything of it.
 
 import BlockIO
-import CLinux
 import Glibc
 import Logging
 import ThinPool
 
 final class Reactor {
-    private let number: Int
-    private let shared: ServerState
-    private let mailbox: Mailbox
-    private let logger: Logger
-    private let queue: any IOQueue
+    let number: Int
+    let shared: ServerState
+    let mailbox: Mailbox
+    let logger: Logger
+    let queue: any IOQueue
     private let data: QueueDataIO
-    private let engine: VolumeIO
-    private let buffers: BufferPool
-    private let farewells: Farewells
+    let engine: VolumeIO
+    let buffers: BufferPool
+    let farewells: Farewells
 
     // Listeners: the first reactor has them all.
-    private struct Door {
-        var listener: Listener
-        var isOpen = true
-        var isPausing = false
-        /// It was said that accepting fails; said again only after it has worked in between.
-        var hasWarned = false
-    }
-    private var doors: [Door]
-    private var nextReactor = 0
+    var doors: [Door]
+    var nextReactor = 0
 
     /// The client that was connected before the server started, while it is this reactor's.
-    private var firstSession: Admission.Session?
+    var firstSession: Admission.Session?
 
     // Connections, by index.
     /// Indices; some more than count, for those that end in favour of others.
-    private let capacity: Int
-    private let connections: UnsafeMutablePointer<Connection?>
+    let capacity: Int
+    let connections: UnsafeMutablePointer<Connection?>
     private var freeIndices: [Int]
     private var generation: UInt32 = 0
     private var connectionCount = 0
@@ -63,12 +55,12 @@ final class Reactor {
     private var completionCapacity = 1024
 
     // Time, counted in ticks, which come only while something has a deadline.
-    private let tickNanoseconds: UInt64
-    private var tick: UInt64 = 0
-    private var isTicking = false
+    let tickNanoseconds: UInt64
+    var tick: UInt64 = 0
+    var isTicking = false
     /// Between the last two ticks somebody found no memory for a payload.
-    private var memoryIsShort = false
-    private var stopDeadline: UInt64?
+    var memoryIsShort = false
+    var stopDeadline: UInt64?
     /// `off` once the kernel is known to have no TLS.
     private var kernelTLS: KernelTLSUse
 
@@ -86,14 +78,9 @@ final class Reactor {
     private static let wakeNanoseconds: UInt64 = 25_000
     /// Requests under way up to which a device is waited for so.
     private static let spinDepth = 4
-    /// Accepting pauses this long when there are no descriptors or no memory left.
-    private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     private static let endingCapacity = 64
     private static let longestTick: UInt64 = 1_000_000_000
     private static let shortestTick: UInt64 = 10_000_000
-    /// While others wait for memory, a client that holds some has to move this much in the stall
-    /// timeout, on its way out, too.
-    private static let leastProgress: UInt64 = 1 << 20
 
     /// - Note: called on the reactor's own thread, which the queue belongs to.
     init(
@@ -323,14 +310,14 @@ final class Reactor {
 
     // MARK: - Connections
 
-    private func mark(_ connection: Connection) {
+    func mark(_ connection: Connection) {
         guard !connection.isMarked else { return }
         connection.isMarked = true
         marked[markedCount] = connection.index
         markedCount += 1
     }
 
-    private func settleMarked() {
+    func settleMarked() {
         for place in 0..<markedCount {
             let connection = connections[marked[place]]!
             connection.isMarked = false
@@ -435,7 +422,7 @@ final class Reactor {
     }
 
     /// Of somebody who has chosen no export, or cannot: not more than now and then.
-    private func warnOfStranger(_ text: String, _ metadata: Logger.Metadata) {
+    func warnOfStranger(_ text: String, _ metadata: Logger.Metadata) {
         let (isAllowed, missing) = shared.strangers.admit(at: Self.now())
         guard isAllowed else { return }
         if missing > 0 { logger.warning("\(missing) lines like the following were left out") }
@@ -470,7 +457,7 @@ final class Reactor {
     }
 
     /// The server stops, or has no place: an accepted socket is not served here.
-    private func turnAway(_ arrival: Arrival) {
+    func turnAway(_ arrival: Arrival) {
         guard mailbox.shouldCarry else { return dismiss(arrival.socket, arrival.session) }
         shared.admission.forget(arrival.session)
         shared.carried.withLock { handOver in
@@ -489,7 +476,7 @@ final class Reactor {
         if session == firstSession { shared.configuration.onConnectedEnd() }
     }
 
-    private func adopt(_ arrival: Arrival) {
+    func adopt(_ arrival: Arrival) {
         guard stopDeadline == nil, let index = freeIndices.popLast() else {
             turnAway(arrival)
             return
@@ -527,241 +514,6 @@ final class Reactor {
             }
             return
         }
-    }
-
-    // MARK: - Accepting
-
-    private func accept(_ index: Int) {
-        let tag = Tag(.accept, index: index).rawValue
-        if stopDeadline != nil {
-            closeDoor(index)
-        } else if doors[index].listener.isInherited {
-            // An accept that is under way when the server stops would take a client with it that
-            // the next server is to have.
-            queue.poll(doors[index].listener.descriptor, tag: tag)
-        } else {
-            queue.accept(doors[index].listener.descriptor, tag: tag)
-        }
-    }
-
-    private func acceptEnded(_ result: Int32, by index: Int) {
-        let listener = doors[index].listener
-        if !listener.isInherited || result < 0 {
-            accepted(result, by: index)
-        } else if doors[index].isOpen {
-            accepted(clinux_accept(listener.descriptor), by: index)
-        }
-    }
-
-    private func accepted(_ result: Int32, by index: Int) {
-        if result >= 0 {
-            doors[index].hasWarned = false
-            welcome(result)
-        } else if stopDeadline == nil {
-            switch -result {
-            case EAGAIN, EINTR, ECONNABORTED, EPROTO: break
-            case let code:
-                if code == EMFILE, let displaced = shared.admission.makeRoom() {
-                    shared.mailboxes[displaced.reactor].displace(displaced)
-                }
-                if !doors[index].hasWarned {
-                    doors[index].hasWarned = true
-                    logger.warning(
-                        "cannot accept connections for now: \(ServerError.words(-result))",
-                        metadata: ["listener": "\(doors[index].listener.uri)"])
-                }
-                doors[index].isPausing = true
-                queue.timeout(
-                    nanoseconds: Self.acceptPauseNanoseconds,
-                    tag: Tag(.acceptPause, index: index).rawValue)
-                return
-            }
-        }
-        accept(index)
-    }
-
-    /// The reactor that a new connection goes to.
-    private func takeReactor() -> Int {
-        defer { nextReactor = (nextReactor + 1) % shared.mailboxes.count }
-        return nextReactor
-    }
-
-    private func welcome(_ socket: Int32, _ carried: CarriedConnection? = nil) {
-        guard let arrival = admit(socket, carried, to: takeReactor()) else {
-            close(socket)
-            return
-        }
-        let target = arrival.session.reactor
-        if target == number {
-            adopt(arrival)
-        } else if !shared.mailboxes[target].deliver(arrival) {
-            turnAway(arrival)
-        }
-    }
-
-    /// The client that was there before the server. Here, so that its end is noticed here.
-    private func welcomeFirst(_ socket: Int32) {
-        guard let arrival = admit(socket, to: number) else {
-            close(socket)
-            shared.configuration.onConnectedEnd()
-            return
-        }
-        firstSession = arrival.session
-        engine.beginTurn()
-        adopt(arrival)
-        engine.endTurn()
-        settleMarked()
-    }
-
-    /// Clients of the server that was here before.
-    private func welcome(_ inherited: HandOver) {
-        engine.beginTurn()
-        for carried in inherited.connections { welcome(carried.socket, carried) }
-        for socket in inherited.arrivals { welcome(socket) }
-        engine.endTurn()
-        settleMarked()
-    }
-
-    /// Nil: it is not let in, which the log knows.
-    private func admit(
-        _ socket: Int32, _ carried: CarriedConnection? = nil, to reactor: Int
-    ) -> Arrival? {
-        let peer = Peer(of: socket)
-        func refuse(_ reason: String) -> Arrival? {
-            warnOfStranger("client refused: \(reason)", ["peer": "\(peer.description)"])
-            return nil
-        }
-        let decision = shared.configuration.rules.decision(for: peer.identity)
-        guard decision != .deny else { return refuse("the rules do not let it in") }
-        let admission = shared.admission
-        let verdict =
-            carried?.exportName.map {
-                admission.takeOver(peer.owner, reactor: reactor, export: $0)
-            } ?? admission.admit(peer.owner, reactor: reactor)
-        switch verdict {
-        case .full(let reason):
-            return refuse(reason)
-        case .admitted(let session, let displaced):
-            if let displaced { shared.mailboxes[displaced.reactor].displace(displaced) }
-            SocketSettings.prepare(
-                socket, keepAliveSeconds: shared.configuration.keepAliveSeconds)
-            return Arrival(
-                socket: socket, peer: peer, isReadOnly: decision == .allowReadOnly,
-                session: session, carried: carried)
-        }
-    }
-
-    private func closeDoor(_ index: Int) {
-        guard doors[index].isOpen else { return }
-        doors[index].isOpen = false
-        let listener = doors[index].listener
-        if mailbox.shouldCarry {
-            shared.carried.withLock { $0.listeners.append(listener) }
-        } else {
-            listener.close()
-        }
-    }
-
-    // MARK: - Time
-
-    private static func now() -> UInt64 {
-        var time = timespec()
-        clock_gettime(CLOCK_MONOTONIC, &time)
-        return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
-    }
-
-    private static func nanoseconds(_ duration: Duration) -> UInt64 {
-        let (seconds, attoseconds) = duration.components
-        return UInt64(max(seconds, 0)) * 1_000_000_000 + UInt64(max(attoseconds, 0)) / 1_000_000_000
-    }
-
-    /// Ticks that last at least as long.
-    private func ticks(_ duration: Duration) -> UInt64 {
-        Self.nanoseconds(duration) / tickNanoseconds + 2
-    }
-
-    private func startTicking() {
-        guard !isTicking else { return }
-        isTicking = true
-        queue.timeout(nanoseconds: tickNanoseconds, tag: Tag(.tick).rawValue)
-    }
-
-    private func ticked() {
-        isTicking = false
-        tick += 1
-        memoryIsShort = buffers.takeShortage()
-        var goesOn = stopDeadline != nil || !farewells.isEmpty
-        for index in 0..<capacity {
-            guard let connection = connections[index] else { continue }
-            if watch(connection) { goesOn = true }
-        }
-        farewells.watch(tick: tick, stopDeadline: stopDeadline)
-        if goesOn || memoryIsShort { startTicking() }
-    }
-
-    /// Ends the connection if one of its deadlines has passed; true if it has any.
-    private func watch(_ connection: Connection) -> Bool {
-        if let stopDeadline, tick >= stopDeadline, connection.phase != .closed {
-            end(connection, "the server stopped before the client took its replies")
-        }
-        switch connection.phase {
-        case .handshake:
-            if connection.isWaiting {
-                // It is not the client that is slow.
-                connection.handshakeDeadline += 1
-            } else if tick >= connection.handshakeDeadline {
-                end(connection, "the handshake took too long")
-            }
-            return true
-        case .draining:
-            let isInTheWay = memoryIsShort && connection.isHoardingMemory
-            if hasStalled(connection, unlessMoved: isInTheWay ? Self.leastProgress : 1),
-                connection.transmission?.inFlight ?? 0 == 0
-            {
-                end(connection, "the client does not take its last replies")
-            }
-            return true
-        case .transmission:
-            let canBeIdle = watchIdleness(of: connection)
-            guard connection.phase == .transmission, memoryIsShort,
-                connection.isHoardingMemory
-            else {
-                connection.watchedSince = tick
-                connection.watchedMoved = connection.moved
-                return canBeIdle
-            }
-            if hasStalled(connection, unlessMoved: Self.leastProgress) {
-                end(connection, "the client holds memory that others wait for, and does not move")
-            }
-            return true
-        case .closed:
-            return false
-        }
-    }
-
-    /// Ends the connection if it has been idle too long; true if it can be.
-    private func watchIdleness(of connection: Connection) -> Bool {
-        guard let idleTimeout = shared.configuration.idleTimeout else { return false }
-        if connection.moved != connection.idleMoved || connection.transmission!.inFlight > 0 {
-            connection.idleSince = tick
-            connection.idleMoved = connection.moved
-        } else if tick - connection.idleSince >= ticks(idleTimeout) {
-            end(connection, "the client was idle for too long")
-        }
-        return true
-    }
-
-    private func hasStalled(_ connection: Connection, unlessMoved least: UInt64) -> Bool {
-        if connection.moved - connection.watchedMoved >= least {
-            connection.watchedSince = tick
-            connection.watchedMoved = connection.moved
-        }
-        return tick - connection.watchedSince >= ticks(shared.configuration.stallTimeout)
-    }
-
-    private func end(_ connection: Connection, _ problem: String) {
-        connection.breakOff(problem)
-        mark(connection)
     }
 
     // MARK: - Stopping
