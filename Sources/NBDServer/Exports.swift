@@ -64,9 +64,17 @@ package struct PoolExports: ExportDirectory {
     }
 
     package mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening {
+        open(name, contexts: contexts, waitsForFence: true)
+    }
+
+    /// - Parameter waitsForFence: false for a client that never left: what others, gone by now, still
+    ///   have under way is no concern of its.
+    mutating func open(
+        _ name: String, contexts: [MetaContext], waitsForFence: Bool
+    ) -> ExportOpening {
         guard let volume = volume(name) else { return .absent }
         precondition(opened == nil, "a handshake opened two exports")
-        if volume.isFenced {
+        if waitsForFence && volume.isFenced {
             pool.close(volume)
             return .busy
         }

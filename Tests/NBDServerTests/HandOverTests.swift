@@ -76,6 +76,19 @@ import Testing
         #expect(!succession.log.has(.warning, "alpha"))
     }
 
+    /// One of them left with requests under way before the others had their turn.
+    @Test func aFenceIsNotForThoseWhoStayed() throws {
+        let succession = try Succession { _ in }
+        let clients = try clients(succession)
+        let pool = succession.first.pool.pool
+        let volume = try #require(pool.open(exportNamed: "alpha"))
+        volume.addFence()
+        #expect(try succession.next() == Self.count)
+        expectService(clients)
+        volume.removeFence()
+        pool.close(volume)
+    }
+
     /// The next server is told to go before all of its reactors have taken what is theirs.
     @Test func leftAgainAtOnce() throws {
         let succession = try Succession { $0.reactors = 4 }
