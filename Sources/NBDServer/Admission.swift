@@ -3,8 +3,8 @@
 // 1. A connection counts from its admission until it is forgotten, which may be said any number of
 //    times: what is counted are entries, so no way to end loses one or takes two away.
 // 2. Where there is no room, whoever is still in its handshake, or on its way out, gives way to who
-//    comes: the oldest of the client that has the most of them. One that has chosen its export never
-//    does.
+//    comes: the oldest of the client that has the most of them. One that has chosen its export
+//    never does.
 //
 // The lock is taken when a connection comes, chooses its export and goes, not for requests.
 

@@ -46,7 +46,7 @@ package final class Connection {
     var progress: Movement
     /// While nothing of it is under way.
     var activity: Movement
-    /// The reactor's tick by which the handshake has to end, later by what it waited for its export.
+    /// The reactor's tick by which the handshake has to end; what it waits for its export is added.
     var handshakeDeadline: UInt64
     /// What it counts as, where connections are counted.
     let session: Admission.Session?

@@ -67,8 +67,8 @@ package struct PoolExports: ExportDirectory {
         open(name, contexts: contexts, waitsForFence: true)
     }
 
-    /// - Parameter waitsForFence: false for a client that never left: what others, gone by now, still
-    ///   have under way is no concern of its.
+    /// - Parameter waitsForFence: false for a client that never left: what others that did still
+    ///   have under way does not concern it.
     mutating func open(
         _ name: String, contexts: [MetaContext], waitsForFence: Bool
     ) -> ExportOpening {

@@ -1,9 +1,9 @@
 // TCP connections that have ended in order, until their clients have noticed.
 //
-// When a socket is closed in which there are bytes that nobody received, Linux resets the connection
-// and forgets what it was still to send: the last replies would be lost to a client that had said
-// anything more, be it TLS's goodbye. So at first only the server's direction is ended, and what the
-// client still says is received and thrown away until it has ended its own.
+// When a socket is closed in which there are bytes that nobody received, Linux resets the
+// connection and forgets what it was still to send: the last replies would be lost to a client that
+// had said anything more, be it TLS's goodbye. So at first only the server's direction is ended, and
+// what the client still says is received and thrown away until it has ended its own.
 //
 // 1. All that is held is a socket: no volume, no payload. What is received goes into one piece of
 //    memory for all, which nobody reads.

@@ -1,5 +1,5 @@
-// What takes too long: handshakes, clients that stand still, idle ones, and the stop. Time is counted
-// in ticks, which come only while something has a deadline.
+// What takes too long: handshakes, clients that stand still, idle ones, and the stop. Time is
+// counted in ticks, which come only while something has a deadline.
 
 import Glibc
 
