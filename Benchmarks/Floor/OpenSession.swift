@@ -9,7 +9,9 @@ private struct OneExport: ExportDirectory {
 
     mutating func list(secure: Bool) -> [ListedExport] { [] }
     mutating func describe(_ name: String) -> Export? { export }
-    mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening { .opened(export) }
+    mutating func open(_: String, contexts: [MetaContext], secure: Bool) -> ExportOpening {
+        .opened(export)
+    }
 }
 
 /// Takes a new connection to transmission.

@@ -90,6 +90,8 @@ public enum ExportOpening: Hashable, Sendable {
     case absent
     /// It can be opened in a moment, not now.
     case busy
+    /// It requires TLS, and the client did not come through it.
+    case requiresTLS
     /// It is there, and not for this client, or not now; why, in words for the client.
     case refused(String)
 }
@@ -106,21 +108,27 @@ public struct ListedExport: Hashable, Sendable, Codable {
 }
 
 /// The exports that there are. The handshake asks when the client does, and keeps nothing.
+///
+/// `secure`: the client came through TLS. Others do not see exports that require it, neither
+/// themselves nor in the meta contexts of others.
 public protocol ExportDirectory {
-    /// - Parameter secure: the client came through TLS; others do not see exports that require it.
     mutating func list(secure: Bool) -> [ListedExport]
     /// The export of that name; "" is the default export. Nil: there is none.
     mutating func describe(_ name: String) -> Export?
     /// Opened, the export stays so for the transmission that follows.
     /// - Parameter contexts: what the client has selected; each was there when it was.
-    mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening
+    mutating func open(_ name: String, contexts: [MetaContext], secure: Bool) -> ExportOpening
     /// The meta contexts of the export whose names begin so, not all if there are very many.
-    mutating func contextNames(of name: String, beginningWith prefix: String) -> [String]
-    mutating func hasContext(_ context: String, of name: String) -> Bool
+    mutating func contextNames(
+        of name: String, beginningWith prefix: String, secure: Bool
+    ) -> [String]
+    mutating func hasContext(_ context: String, of name: String, secure: Bool) -> Bool
 }
 
 /// Without meta contexts.
 extension ExportDirectory {
-    public mutating func contextNames(of: String, beginningWith: String) -> [String] { [] }
-    public mutating func hasContext(_ context: String, of: String) -> Bool { false }
+    public mutating func contextNames(
+        of: String, beginningWith: String, secure: Bool
+    ) -> [String] { [] }
+    public mutating func hasContext(_ context: String, of: String, secure: Bool) -> Bool { false }
 }

@@ -79,13 +79,12 @@ extension Handshake {
         if format == .extended {
             return .close(.violation("EXPORT_NAME after EXTENDED_HEADERS"))
         }
-        if isHidden(name, &exports) {
-            return .close(.violation("the export asked for requires TLS"))
-        }
         let contexts = selectedContexts(of: name)
-        switch exports.open(name, contexts: contexts) {
+        switch exports.open(name, contexts: contexts, secure: isSecure) {
         case .absent:
             return .close(.violation("there is no export of the name asked for"))
+        case .requiresTLS:
+            return .close(.violation("the export asked for requires TLS"))
         case .refused(let text):
             return .close(.violation("the export was refused: \(text)"))
         case .busy:
@@ -102,18 +101,19 @@ extension Handshake {
     ) -> Outcome {
         do throws(OptionFailure) {
             let query = try ExportQuery.parse(data)
-            if isHidden(query.name, &exports) { throw .tlsRequired }
             let contexts = selectedContexts(of: query.name)
             let found: Export?
             if option == .go {
-                switch exports.open(query.name, contexts: contexts) {
+                switch exports.open(query.name, contexts: contexts, secure: isSecure) {
                 case .opened(let export): found = export
                 case .absent: found = nil
+                case .requiresTLS: throw .tlsRequired
                 case .refused(let text): throw OptionFailure(type: .policy, text: text)
                 case .busy: return wait(option, data)
                 }
             } else {
                 found = exports.describe(query.name)
+                if let found, isHidden(found) { throw .tlsRequired }
             }
             guard let export = found else { throw .unknownExport(query.name) }
             output.appendInfo(of: export, format, to: option, asked: query.infoTypes)
@@ -127,9 +127,7 @@ extension Handshake {
     }
 
     /// It requires TLS, which this client has not asked for.
-    private func isHidden(_ name: String, _ exports: inout some ExportDirectory) -> Bool {
-        tls == .on && !isSecure && exports.describe(name)?.requiresTLS == true
-    }
+    private func isHidden(_ export: Export) -> Bool { export.requiresTLS && !isSecure }
 
     // MARK: - Meta contexts
 
@@ -145,16 +143,19 @@ extension Handshake {
         do throws(OptionFailure) {
             if format == .simple { throw .invalid("STRUCTURED_REPLY has to come first") }
             let query = try ContextQuery.parse(data)
-            if isHidden(query.exportName, &exports) { throw .tlsRequired }
-            guard exports.describe(query.exportName) != nil else {
+            guard let export = exports.describe(query.exportName) else {
                 throw .unknownExport(query.exportName)
             }
+            if isHidden(export) {
+                // TLS_REQD would say that no option but STARTTLS is answered.
+                throw OptionFailure(type: .policy, text: "the export is for clients with TLS")
+            }
             if option == .setMetaContext {
-                let contexts = try Self.select(query, &exports)
+                let contexts = try select(query, &exports)
                 selection = Selection(exportName: query.exportName, contexts: contexts)
                 for context in contexts { output.appendContext(context, to: option) }
             } else {
-                for name in Self.list(query, &exports) {
+                for name in list(query, &exports) {
                     output.appendContext(MetaContext(id: 0, name: name), to: option)
                 }
             }
@@ -164,13 +165,13 @@ extension Handshake {
         }
     }
 
-    private static func select(
+    private func select(
         _ query: ContextQuery, _ exports: inout some ExportDirectory
     ) throws(OptionFailure) -> [MetaContext] {
         var contexts: [MetaContext] = []
         for name in query.queries
         where !contexts.contains(where: { $0.name == name })
-            && exports.hasContext(name, of: query.exportName)
+            && exports.hasContext(name, of: query.exportName, secure: isSecure)
         {
             guard contexts.count < Limits.maximumContexts else {
                 throw OptionFailure(
@@ -183,19 +184,21 @@ extension Handshake {
     }
 
     /// A query that ends in a colon asks for everything below it; no query at all for everything.
-    private static func list(
+    private func list(
         _ query: ContextQuery, _ exports: inout some ExportDirectory
     ) -> [String] {
         guard !query.queries.isEmpty else {
-            return exports.contextNames(of: query.exportName, beginningWith: "")
+            return exports.contextNames(
+                of: query.exportName, beginningWith: "", secure: isSecure)
         }
         var names: [String] = []
         // So that the work has an end: a list is for people.
         for asked in query.queries.prefix(Limits.maximumContexts) {
             let found =
                 asked.hasSuffix(":")
-                ? exports.contextNames(of: query.exportName, beginningWith: asked)
-                : exports.hasContext(asked, of: query.exportName) ? [asked] : []
+                ? exports.contextNames(
+                    of: query.exportName, beginningWith: asked, secure: isSecure)
+                : exports.hasContext(asked, of: query.exportName, secure: isSecure) ? [asked] : []
             names += found.filter { !names.contains($0) }
         }
         return names

@@ -313,7 +313,8 @@ package final class Connection {
             greetingEnd = carried.input.count
             advanceHandshake(sink)
         case .transmission(let name, let format, let contexts, let refused):
-            let opening = exports.open(name, contexts: contexts, waitsForFence: false)
+            let opening = exports.open(
+                name, contexts: contexts, secure: carried.tls != nil, waitsForFence: false)
             guard case .opened(let export) = opening else {
                 return breakOff("export \(name) cannot be opened again")
             }

@@ -54,7 +54,7 @@ package struct PoolExports: ExportDirectory {
 
     package func list(secure: Bool) -> [ListedExport] {
         pool.volumeDescriptions().compactMap { name, description in
-            guard secure || !settings.requireTLS.contains(name) else { return nil }
+            guard shows(name, secure) else { return nil }
             return ListedExport(name: name, description: description ?? "")
         }
     }
@@ -63,24 +63,30 @@ package struct PoolExports: ExportDirectory {
         with(name, export)
     }
 
-    package mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening {
-        open(name, contexts: contexts, waitsForFence: true)
+    package mutating func open(
+        _ name: String, contexts: [MetaContext], secure: Bool
+    ) -> ExportOpening {
+        open(name, contexts: contexts, secure: secure, waitsForFence: true)
     }
 
     /// - Parameter waitsForFence: false for a client that never left: what others that did still
     ///   have under way does not concern it.
     mutating func open(
-        _ name: String, contexts: [MetaContext], waitsForFence: Bool
+        _ name: String, contexts: [MetaContext], secure: Bool, waitsForFence: Bool
     ) -> ExportOpening {
         guard let volume = volume(name) else { return .absent }
         precondition(opened == nil, "a handshake opened two exports")
+        guard shows(volume.name, secure) else {
+            pool.close(volume)
+            return .requiresTLS
+        }
         if waitsForFence && volume.isFenced {
             pool.close(volume)
             return .busy
         }
         opened = volume
         for context in contexts {
-            guard let kind = kind(of: context.name) else {
+            guard let kind = kind(of: context.name, secure) else {
                 close()
                 return .refused("what \(context.name) compares with has been deleted")
             }
@@ -95,6 +101,11 @@ package struct PoolExports: ExportDirectory {
     }
 
     // MARK: - Volumes
+
+    /// Whether a client may know of that volume.
+    private func shows(_ name: String, _ secure: Bool) -> Bool {
+        secure || !settings.requireTLS.contains(name)
+    }
 
     private func volume(_ name: String) -> Volume? {
         if !name.isEmpty { return pool.open(exportNamed: name) }
@@ -123,27 +134,31 @@ package struct PoolExports: ExportDirectory {
 
     // MARK: - Meta contexts
 
-    package func contextNames(of name: String, beginningWith prefix: String) -> [String] {
+    package func contextNames(
+        of name: String, beginningWith prefix: String, secure: Bool
+    ) -> [String] {
         with(name) { volume in
             let bases = pool.extentBases(of: volume, limit: Self.mostListedBases)
             let names =
                 Self.contextsOfAll
-                + bases.map { WaferContext.changedSince + $0 }
+                + bases.filter { shows($0, secure) }.map { WaferContext.changedSince + $0 }
             return names.filter { $0.hasPrefix(prefix) }
         } ?? []
     }
 
-    package func hasContext(_ context: String, of name: String) -> Bool {
-        if let base = WaferContext.base(context) { return pool.volumeSize(base) != nil }
+    package func hasContext(_ context: String, of name: String, secure: Bool) -> Bool {
+        if let base = WaferContext.base(context) {
+            return shows(base, secure) && pool.volumeSize(base) != nil
+        }
         return Self.contextsOfAll.contains(context)
     }
 
-    private mutating func kind(of context: String) -> ExtentKind? {
+    private mutating func kind(of context: String, _ secure: Bool) -> ExtentKind? {
         switch context {
         case MetaContext.allocation: return .allocation
         case WaferContext.shared: return .sharing
         default:
-            guard let name = WaferContext.base(context),
+            guard let name = WaferContext.base(context), shows(name, secure),
                 let base = pool.open(exportNamed: name)
             else { return nil }
             bases.append(base)

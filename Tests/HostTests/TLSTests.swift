@@ -137,6 +137,26 @@ final class Credentials: Sendable {
         #expect(log.contains("no volume absent"))
     }
 
+    /// Neither is it there itself for others, nor by what its snapshot is compared with.
+    @Test func anExportThatInsistsIsNoContextOfOthers() throws {
+        try pool.create("secret", mebibyte)
+        try pool.snapshot("secret", "open")
+        let server = try serve(
+            "--tls=on", "--tls-psk", credentials.keys, "--tls-require-export", "secret")
+        let context = "wafer:changed-since:secret"
+        let secure = uris(server)[3].replacing("/alpha", with: "/open")
+        #expect(try must("nbdinfo", "--json", secure).contains(context))
+        #expect(try must("nbdinfo", "--map=\(context)", secure).contains("\(mebibyte)"))
+        #expect(!(try must("nbdinfo", "--json", server.uri("open")).contains(context)))
+        let client = try RawClient(server, "open", .structured, contexts: [context])
+        try client.send(RawClient.header(.structured, RawClient.blockStatus, length: mebibyte))
+        #expect(try client.answer(.structured).error == UInt32(EINVAL))
+        // Nobody holds it.
+        try pool.delete("secret")
+        client.leave()
+        try server.stop()
+    }
+
     @Test func wrongProofsAreRefused() throws {
         let server = try serve(
             "--tls=require", "--tls-certificates", credentials["revoking"], "--tls-psk",

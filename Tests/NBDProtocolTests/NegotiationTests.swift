@@ -287,7 +287,8 @@ private let extended = newstyle + option(.extendedHeaders)
         }
         let context = Session(
             structured + contexts(.setMetaContext, "beta", []), directory: directory, tls: .on)
-        #expect(try #require(context.replies).last?.type == .tlsRequired)
+        // TLS_REQD is for INFO, GO and EXPORT_NAME.
+        #expect(try #require(context.replies).last?.type == .policy)
         let byName = Session(
             newstyle + option(.exportName, Array("beta".utf8)), directory: directory, tls: .on)
         #expect(byName.isViolation)
@@ -298,6 +299,26 @@ private let extended = newstyle + option(.extendedHeaders)
             directory: directory, tls: .on)
         #expect(secure.agreement?.export.name == "beta")
         #expect(try #require(secure.replies).count(where: { $0.type == .server }) == 2)
+    }
+
+    @Test func contextsThatTellOfSuchExports() throws {
+        var directory = TestDirectory()
+        directory.secretContexts = ["test:two"]
+        let asked =
+            option(.structuredReply)
+            + ["test:", "test:two"].flatMap { contexts(.listMetaContext, "alpha", [$0]) }
+            + contexts(.listMetaContext, "alpha", [])
+            + contexts(.setMetaContext, "alpha", ["test:two", "test:one"])
+            + option(.go, query("alpha"))
+        let session = Session(newstyle + asked, directory: directory, tls: .on)
+        #expect(
+            told(try #require(session.replies)).map(\.name)
+                == ["test:one", "base:allocation", "test:one", "test:one"])
+        #expect(session.agreement?.contexts.map(\.name) == ["test:one"])
+        let secure = Session(
+            newstyle + option(.startTLS) + asked, directory: directory, tls: .on)
+        #expect(secure.agreement?.contexts.map(\.name) == ["test:two", "test:one"])
+        #expect(told(try #require(secure.replies)).count(where: { $0.name == "test:two" }) == 4)
     }
 
     @Test func plaintextAfterTheAnswerEndsTheSession() {

@@ -58,22 +58,29 @@ struct TestDirectory: ExportDirectory {
     }
     /// Meta contexts of every export.
     var contexts = ["base:allocation", "test:one", "test:two"]
-    /// Exports that plaintext clients are not to see.
+    /// Exports, and contexts, that plaintext clients are not to see.
     var secret: Set<String> = []
+    var secretContexts: Set<String> = []
     /// Why opening is refused.
     var refusal: String?
     var openedContexts: [MetaContext] = []
 
-    func contextNames(of: String, beginningWith prefix: String) -> [String] {
-        contexts.filter { $0.hasPrefix(prefix) }
+    func contextNames(of: String, beginningWith prefix: String, secure: Bool) -> [String] {
+        shown(secure).filter { $0.hasPrefix(prefix) }
     }
-    func hasContext(_ context: String, of: String) -> Bool { contexts.contains(context) }
+    func hasContext(_ context: String, of: String, secure: Bool) -> Bool {
+        shown(secure).contains(context)
+    }
+    private func shown(_ secure: Bool) -> [String] {
+        contexts.filter { secure || !secretContexts.contains($0) }
+    }
 
     /// How often it is still busy when somebody wants to open one of them.
     var busy = 0
 
-    mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening {
+    mutating func open(_ name: String, contexts: [MetaContext], secure: Bool) -> ExportOpening {
         guard let export = describe(name) else { return .absent }
+        if export.requiresTLS && !secure { return .requiresTLS }
         if busy > 0 {
             busy -= 1
             return .busy

@@ -131,8 +131,9 @@ private struct FuzzedDirectory: ExportDirectory {
             requiresTLS: name == "secret")
     }
 
-    mutating func open(_ name: String, contexts: [MetaContext]) -> ExportOpening {
+    mutating func open(_ name: String, contexts: [MetaContext], secure: Bool) -> ExportOpening {
         guard let export = describe(name) else { return .absent }
+        if export.requiresTLS && !secure { return .requiresTLS }
         if export.name == "refused" { return .refused("not for you") }
         if export.name == "alpha", busy > 0 {
             busy -= 1
@@ -142,10 +143,10 @@ private struct FuzzedDirectory: ExportDirectory {
         return .opened(export)
     }
 
-    func contextNames(of name: String, beginningWith prefix: String) -> [String] {
+    func contextNames(of: String, beginningWith prefix: String, secure: Bool) -> [String] {
         Self.contexts.filter { $0.hasPrefix(prefix) }
     }
-    func hasContext(_ context: String, of name: String) -> Bool {
+    func hasContext(_ context: String, of name: String, secure: Bool) -> Bool {
         Self.contexts.contains(context)
     }
 }
