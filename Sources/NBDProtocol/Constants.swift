@@ -168,8 +168,11 @@ public enum Limits {
     public static let maximumOption = 64 << 10
     /// Bytes of longer options that are read and thrown away, in a session, to stay in step.
     public static let maximumDrain = 1 << 20
-    /// Options that a session may send. Clients send fewer than ten.
+    /// Options that a session may send. Clients send fewer than ten to use an export.
     public static let maximumOptions = 64
+    /// Beside so many questions for each export that LIST has told of: programs that list exports
+    /// ask about one after the other, QEMU's three times and libnbd's twice.
+    public static let questionsOfListedExport = 8
     /// Meta contexts that a session may select.
     public static let maximumContexts = 16
     /// Extents in the answer to one BLOCK_STATUS, all its contexts together. The protocol suggests

@@ -68,6 +68,11 @@ public struct Handshake: Sendable, Codable {
     /// read without looping.
     static let listPiece = 8 << 10
 
+    /// Options about one export.
+    private static let questions: Set<OptionCode> = [
+        .info, .go, .listMetaContext, .setMetaContext,
+    ]
+
     let tls: TLSPolicy
     /// What the server speaks at most.
     let best: WireFormat
@@ -78,6 +83,8 @@ public struct Handshake: Sendable, Codable {
     var format = WireFormat.simple
     var selection = Selection()
     private var optionCount = 0
+    /// Questions about single exports that do not count as options; nil before the first LIST.
+    private var freeQuestions: Int?
     private var drained = 0
     /// The part of the present unit (flags, header, data) that has arrived.
     private var unit: [UInt8] = []
@@ -104,6 +111,7 @@ public struct Handshake: Sendable, Codable {
         isSecure = true
         format = .simple
         selection = Selection()
+        freeQuestions = nil
         state = .optionHeader
     }
 
@@ -195,7 +203,11 @@ public struct Handshake: Sendable, Codable {
         let option = OptionCode(rawValue: unit.word(8, as: UInt32.self))
         let length = Int(unit.word(12, as: UInt32.self))
         unit = []
-        optionCount += 1
+        if let left = freeQuestions, left > 0, Self.questions.contains(option) {
+            freeQuestions = left - 1
+        } else {
+            optionCount += 1
+        }
         guard optionCount <= Limits.maximumOptions else {
             return .close(.violation("more than \(Limits.maximumOptions) options"))
         }
@@ -228,6 +240,7 @@ public struct Handshake: Sendable, Codable {
     }
 
     mutating func beginListing(_ exports: [ListedExport]) {
+        freeQuestions = freeQuestions ?? Limits.questionsOfListedExport * exports.count
         state = .listing(exports: exports, next: 0)
     }
 

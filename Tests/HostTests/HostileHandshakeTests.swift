@@ -469,7 +469,7 @@ import Testing
         try attacked.expectService(volumes[0].0)
         try attacked.expectMemory(before, grownByAtMost: 32 << 20)
         // No more options than a session may have: the rest is not even received.
-        let most = 18 + 64 * (20 + 30 * 100)
+        let most = 18 + 64 * (20 + 30 * 150)
         for client in clients.prefix(10) {
             #expect(client.receiveAll(most: most + 1).count <= most)
         }

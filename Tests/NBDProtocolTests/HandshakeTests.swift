@@ -272,9 +272,21 @@ import Testing
     }
 
     @Test func optionsAreCounted() throws {
-        let allowed = (0..<Limits.maximumOptions).flatMap { _ in option(.list) }
-        #expect(Session(newstyle + allowed).outcome == .receive)
-        #expect(Session(newstyle + allowed + option(.list)).isViolation)
+        let asked = option(.info, query("alpha"))
+        func options(_ count: Int) -> [UInt8] { (0..<count).flatMap { _ in asked } }
+        let most = Limits.maximumOptions
+        #expect(Session(newstyle + options(most)).outcome == .receive)
+        #expect(Session(newstyle + options(most + 1)).isViolation)
+        #expect(Session(newstyle + (0...most).flatMap { _ in option(.list) }).isViolation)
+        // Who was told of exports may ask about each of them; being told again adds nothing.
+        var directory = TestDirectory()
+        directory.names = ["alpha"] + (1..<100).map { "volume\($0)" }
+        for lists in [1, 10] {
+            let listed = newstyle + (0..<lists).flatMap { _ in option(.list) }
+            let left = most + 100 * Limits.questionsOfListedExport - lists
+            #expect(Session(listed + options(left), directory: directory).outcome == .receive)
+            #expect(Session(listed + options(left + 1), directory: directory).isViolation)
+        }
     }
 
     @Test func notNBDAtAll() {

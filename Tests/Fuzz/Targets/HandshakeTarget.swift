@@ -12,7 +12,9 @@ public enum HandshakeTarget: FuzzTarget {
         String(repeating: "x", count: 4096),
     ]
     /// More than any session may send before it is ended.
-    private static let mostOutput = 64 * (64 << 10)
+    private static let mostOutput =
+        (Limits.maximumOptions + 2 * Limits.questionsOfListedExport * FuzzedDirectory.names.count)
+        * (64 << 10)
 
     public static func run(_ bytes: UnsafeRawBufferPointer) {
         var input = FuzzInput(bytes)
@@ -112,7 +114,7 @@ public enum HandshakeTarget: FuzzTarget {
 
 /// Some exports: "alpha" is busy at first, "secret" requires TLS, "refused" is not given to anybody.
 private struct FuzzedDirectory: ExportDirectory {
-    private static let names = ["alpha", "beta", "secret", "refused"]
+    static let names = ["alpha", "beta", "secret", "refused"]
     private static let contexts =
         ["base:allocation"] + ["one", "two"].map { "test:\($0)" } + (0..<20).map { "many:\($0)" }
     private var busy = 2

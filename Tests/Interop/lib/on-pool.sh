@@ -44,6 +44,11 @@ start_pool() {
     quietly wafer pool create "$pool" --data-size 1GiB
     while [ $# -gt 0 ]; do quietly wafer volume create "$pool" "$1" "$2"; shift 2; done
 }
+# A hundred more.
+many_volumes() {
+    local each
+    for each in {1..100}; do quietly wafer volume create "$pool" "many-$each" 1MiB; done
+}
 # start_server [wafer serve option...]: on $socket, and on 127.0.0.1:$port.
 start_server() {
     local end=$((SECONDS + 30))
