@@ -155,7 +155,7 @@ extension Handshake {
                 selection = Selection(exportName: query.exportName, contexts: contexts)
                 for context in contexts { output.appendContext(context, to: option) }
             } else {
-                for name in list(query, &exports) {
+                for name in try list(query, &exports) {
                     output.appendContext(MetaContext(id: 0, name: name), to: option)
                 }
             }
@@ -186,14 +186,18 @@ extension Handshake {
     /// A query that ends in a colon asks for everything below it; no query at all for everything.
     private func list(
         _ query: ContextQuery, _ exports: inout some ExportDirectory
-    ) -> [String] {
+    ) throws(OptionFailure) -> [String] {
         guard !query.queries.isEmpty else {
             return exports.contextNames(
                 of: query.exportName, beginningWith: "", secure: isSecure)
         }
-        var names: [String] = []
         // So that the work has an end: a list is for people.
-        for asked in query.queries.prefix(Limits.maximumContexts) {
+        guard query.queries.count <= Limits.maximumContexts else {
+            throw OptionFailure(
+                type: .tooBig, text: "at most \(Limits.maximumContexts) queries are answered")
+        }
+        var names: [String] = []
+        for asked in query.queries {
             let found =
                 asked.hasSuffix(":")
                 ? exports.contextNames(

@@ -158,6 +158,17 @@ private let extended = newstyle + option(.extendedHeaders)
         }
     }
 
+    @Test func noMoreQueriesThanAreAnswered() throws {
+        let others = (1..<Limits.maximumContexts).map { "other:\($0)" }
+        let answered = Session(
+            structured + contexts(.listMetaContext, "alpha", others + ["test:one"]))
+        #expect(told(try #require(answered.replies)).map(\.name) == ["test:one"])
+        let refused = Session(
+            structured + contexts(.listMetaContext, "alpha", others + ["other:0", "test:one"])
+                + option(.abort))
+        #expect(try #require(refused.replies).map(\.type) == [.ack, .tooBig, .ack])
+    }
+
     @Test func listingDoesNotSelect() {
         let session = Session(
             structured + contexts(.setMetaContext, "alpha", ["test:one"])
