@@ -38,20 +38,6 @@ public struct Export: Hashable, Sendable {
         self.isRotational = isRotational
         self.requiresTLS = requiresTLS
     }
-
-    /// FLUSH and FUA are always both there: without them the kernel's client sends no flushes.
-    /// CAN_MULTI_CONN holds because all connections share one volume, and none has a cache.
-    public func transmissionFlags(_ format: WireFormat) -> TransmissionFlags {
-        var flags: TransmissionFlags = [
-            .hasFlags, .sendFlush, .sendFUA, .sendTrim, .sendWriteZeroes, .sendFastZero,
-            .sendCache, .canMultiConn,
-        ]
-        if isReadOnly { flags.insert(.readOnly) }
-        if isRotational { flags.insert(.rotational) }
-        if format >= .structured { flags.insert(.sendDF) }
-        if format == .extended { flags.insert(.blockStatusPayload) }
-        return flags
-    }
 }
 
 /// A meta context that a session has selected.
@@ -80,6 +66,20 @@ public struct Agreement: Hashable, Sendable {
         self.export = export
         self.format = format
         self.contexts = contexts
+    }
+
+    /// FLUSH and FUA are always both there: without them the kernel's client sends no flushes.
+    /// CAN_MULTI_CONN holds because all connections share one volume, and none has a cache.
+    public var transmissionFlags: TransmissionFlags {
+        var flags: TransmissionFlags = [
+            .hasFlags, .sendFlush, .sendFUA, .sendTrim, .sendWriteZeroes, .sendFastZero,
+            .sendCache, .canMultiConn,
+        ]
+        if export.isReadOnly { flags.insert(.readOnly) }
+        if export.isRotational { flags.insert(.rotational) }
+        if format >= .structured { flags.insert(.sendDF) }
+        if format == .extended && !contexts.isEmpty { flags.insert(.blockStatusPayload) }
+        return flags
     }
 }
 

@@ -90,8 +90,9 @@ extension Handshake {
         case .busy:
             return wait(.exportName, data)
         case .opened(let export):
-            output.appendExport(export, format, noZeroes: noZeroes)
-            return .transmit(Agreement(export: export, format: format, contexts: contexts))
+            let agreement = Agreement(export: export, format: format, contexts: contexts)
+            output.appendExport(of: agreement, noZeroes: noZeroes)
+            return .transmit(agreement)
         }
     }
 
@@ -116,10 +117,10 @@ extension Handshake {
                 if let found, isHidden(found) { throw .tlsRequired }
             }
             guard let export = found else { throw .unknownExport(query.name) }
-            output.appendInfo(of: export, format, to: option, asked: query.infoTypes)
+            let agreement = Agreement(export: export, format: format, contexts: contexts)
+            output.appendInfo(of: agreement, to: option, asked: query.infoTypes)
             output.appendReply(to: option, .ack)
-            guard option == .go else { return .send }
-            return .transmit(Agreement(export: export, format: format, contexts: contexts))
+            return option == .go ? .transmit(agreement) : .send
         } catch {
             output.appendFailure(of: option, error)
             return .send

@@ -157,12 +157,13 @@ extension [UInt8] {
     /// What INFO and GO tell: the size and flags, the block sizes (this server insists on them, so
     /// it says them unasked), and the texts that were asked for.
     mutating func appendInfo(
-        of export: Export, _ format: WireFormat, to option: OptionCode, asked: [UInt16]
+        of agreement: Agreement, to option: OptionCode, asked: [UInt16]
     ) {
+        let export = agreement.export
         appendReply(to: option, .info, length: 12)
         appendBigEndian(InfoType.export)
         appendBigEndian(export.size)
-        appendBigEndian(export.transmissionFlags(format).rawValue)
+        appendBigEndian(agreement.transmissionFlags.rawValue)
         appendReply(to: option, .info, length: 14)
         appendBigEndian(InfoType.blockSize)
         appendBigEndian(Limits.minimumBlock)
@@ -178,9 +179,9 @@ extension [UInt8] {
     }
 
     /// The answer to EXPORT_NAME, which has no reply header.
-    mutating func appendExport(_ export: Export, _ format: WireFormat, noZeroes: Bool) {
-        appendBigEndian(export.size)
-        appendBigEndian(export.transmissionFlags(format).rawValue)
+    mutating func appendExport(of agreement: Agreement, noZeroes: Bool) {
+        appendBigEndian(agreement.export.size)
+        appendBigEndian(agreement.transmissionFlags.rawValue)
         if !noZeroes { append(contentsOf: repeatElement(0, count: 124)) }
     }
 }

@@ -73,7 +73,7 @@ import Testing
 
     @Test func readOnlyFlag() {
         let export = Export(name: "", size: 0, isReadOnly: true, description: "")
-        let flags = export.transmissionFlags(.simple)
+        let flags = Agreement(export: export).transmissionFlags
         #expect(flags.contains([.readOnly, .hasFlags, .sendFlush, .sendFUA]))
     }
 

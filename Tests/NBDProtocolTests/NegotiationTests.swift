@@ -25,7 +25,7 @@ private let extended = newstyle + option(.extendedHeaders)
     @Test func simpleUnlessAskedFor() throws {
         let agreement = try #require(Session(newstyle + option(.go, query("alpha"))).agreement)
         #expect(agreement.format == .simple)
-        #expect(!agreement.export.transmissionFlags(.simple).contains(.sendDF))
+        #expect(!agreement.transmissionFlags.contains(.sendDF))
     }
 
     @Test func structuredRepliesAsOftenAsAskedFor() throws {
@@ -46,13 +46,19 @@ private let extended = newstyle + option(.extendedHeaders)
     }
 
     @Test func flagsFollowTheFormat() throws {
+        let selection = contexts(.setMetaContext, "alpha", ["base:allocation"])
         for (input, extra): ([UInt8], UInt16) in [
-            (newstyle, 0), (structured, 1 << 7), (extended, 1 << 7 | 1 << 12),
+            (newstyle, 0), (structured, 1 << 7), (structured + selection, 1 << 7),
+            // To say which contexts are meant takes some that were selected, for this export.
+            (extended, 1 << 7), (extended + selection, 1 << 7 | 1 << 12),
+            (extended + contexts(.setMetaContext, "beta", ["base:allocation"]), 1 << 7),
         ] {
-            let session = Session(input + option(.go, query("alpha")))
-            let info = try #require(session.replies?.first { $0.info == InfoType.export })
-            let flags = bigEndian(info.data[10...], as: UInt16.self)
-            #expect(flags & (1 << 7 | 1 << 12) == extra)
+            for code in [OptionCode.info, .go] {
+                let session = Session(input + option(code, query("alpha")))
+                let info = try #require(session.replies?.first { $0.info == InfoType.export })
+                let flags = bigEndian(info.data[10...], as: UInt16.self)
+                #expect(flags & (1 << 7 | 1 << 12) == extra)
+            }
         }
     }
 
@@ -78,7 +84,7 @@ private let extended = newstyle + option(.extendedHeaders)
     @Test func rotationalIsTold() {
         let export = Export(
             name: "", size: 0, isReadOnly: false, description: "", isRotational: true)
-        #expect(export.transmissionFlags(.simple).contains(.rotational))
+        #expect(Agreement(export: export).transmissionFlags.contains(.rotational))
     }
 
     @Test func aRefusalIsTold() throws {
