@@ -55,7 +55,7 @@ package struct PoolExports: ExportDirectory {
     package func list(secure: Bool) -> [ListedExport] {
         pool.volumeDescriptions().compactMap { name, description in
             guard shows(name, secure) else { return nil }
-            return ListedExport(name: name, description: description ?? "")
+            return ListedExport(name: name, description: words(description))
         }
     }
 
@@ -123,13 +123,14 @@ package struct PoolExports: ExportDirectory {
     private func export(_ volume: Volume) -> Export {
         Export(
             name: volume.name, size: volume.size, isReadOnly: isReadOnly || volume.isReadOnly,
-            description: description(volume), isRotational: settings.isRotational,
+            description: words(volume.description), isRotational: settings.isRotational,
             requiresTLS: settings.requireTLS.contains(volume.name))
     }
 
-    /// The only place of the protocol for the size of a data block.
-    private func description(_ volume: Volume) -> String {
-        "\(volume.description ?? "thin volume"), data blocks of \(pool.blockSize >> 10) KiB"
+    /// The volume's description as clients see it. The protocol has no other place for the size of a
+    /// data block.
+    private func words(_ description: String?) -> String {
+        "\(description ?? "thin volume"), data blocks of \(pool.blockSize >> 10) KiB"
     }
 
     // MARK: - Meta contexts

@@ -185,13 +185,18 @@ final class Client {
         }
     }
 
-    func listNames() throws -> [String] {
+    func list() throws -> [ListedExport] {
         try sendOption(.list)
-        var names: [String] = []
+        var exports: [ListedExport] = []
         while true {
             let reply = try receiveOptionReply()
-            if reply.type == .ack { return names }
-            names.append(String(decoding: reply.data.dropFirst(4), as: UTF8.self))
+            if reply.type == .ack { return exports }
+            let length = Int(bigEndian(reply.data, 0, as: UInt32.self))
+            let texts = reply.data.dropFirst(4)
+            exports.append(
+                ListedExport(
+                    name: String(decoding: texts.prefix(length), as: UTF8.self),
+                    description: String(decoding: texts.dropFirst(length), as: UTF8.self)))
         }
     }
 

@@ -118,7 +118,10 @@ import ThinPool
         let many = try TestServer(volumes: [("alpha", mebibyte), ("beta", mebibyte)])
         let client = try Client(unix: many.socketPath)
         try client.greet()
-        #expect(try client.listNames() == ["alpha", "beta"])
+        let listed = try client.list()
+        #expect(listed.map(\.name) == ["alpha", "beta"])
+        // What INFO says, too.
+        #expect(listed.map(\.description).allSatisfy { $0 == "thin volume, data blocks of 64 KiB" })
         #expect(throws: ClientError.self) { try Client(unix: many.socketPath, export: "") }
         #expect(throws: ClientError.self) { try Client(unix: many.socketPath, export: "gamma") }
         let one = try TestServer()
