@@ -79,8 +79,8 @@ import ThinPool
         var writes = 0
         for name in ["a", "b"] {
             let blocks = name == "a" ? 40 : 24
-            // One of them ends inside a block.
-            let size = blocks * Self.block - (name == "a" ? 512 : 0)
+            // Both end inside a block, and not at the same place in it.
+            let size = blocks * Self.block - (name == "a" ? 512 : 1024)
             try bench.change(.create(name: name, size: UInt64(size)))
             model.volumes[name] = [:]
             model.sizes[name] = size
