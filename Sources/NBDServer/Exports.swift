@@ -122,7 +122,8 @@ package struct PoolExports: ExportDirectory {
 
     private func export(_ volume: Volume) -> Export {
         Export(
-            name: volume.name, size: volume.size, isReadOnly: isReadOnly || volume.isReadOnly,
+            name: volume.name, size: volume.size,
+            isReadOnly: isReadOnly || volume.isReadOnly || pool.status().mode == .failed,
             description: words(volume.description), isRotational: settings.isRotational,
             requiresTLS: settings.requireTLS.contains(volume.name))
     }

@@ -73,6 +73,21 @@ import ThinPool
         #expect(try client.simple(.flush) == .none)
     }
 
+    @Test func aFailedPoolIsReadOnlyForWhoComes() throws {
+        let server = try TestServer()
+        let early = try Client(unix: server.socketPath, export: "alpha")
+        let bytes = [UInt8](repeating: 1, count: 4096)
+        #expect(try early.write(0, bytes) == .none)
+        let flushed = try server.pool.withBrokenData { try early.simple(.flush) }
+        #expect(flushed == .inputOutput)
+        #expect(!early.flags.contains(.readOnly))
+        #expect(try early.write(0, bytes) == .inputOutput)
+        let late = try Client(unix: server.socketPath, export: "alpha")
+        #expect(late.flags.contains(.readOnly))
+        #expect(try late.write(0, bytes) == .notPermitted)
+        #expect(try late.read(0, 4096).count == 4096)
+    }
+
     /// A client that comes back is let in only when nothing of its last connection is under way, or
     /// an old write could undo what it writes next. However long that takes: the client is not slow.
     @Test(arguments: [true, false]) func aFencedVolumeIsOpenedWhenTheFenceIsGone(ring: Bool) throws {

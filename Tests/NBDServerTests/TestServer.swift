@@ -82,6 +82,7 @@ final class TestPool {
     let pool: Pool
     let data: FileDevice
     private let thread: PoolThread
+    private var mayFail = false
 
     init(in directory: TestDirectory, volumes: [(String, UInt64)], ring: Bool) throws {
         let metadataPath = directory.path + "/metadata"
@@ -112,9 +113,25 @@ final class TestPool {
         if let failure = failure.withLock({ $0 }) { throw failure }
     }
 
+    /// Meanwhile what is written to the data device is lost, and a flush of it fails, and with it
+    /// the pool.
+    func withBrokenData<Result>(_ body: () throws -> Result) rethrows -> Result {
+        mayFail = true
+        let data = data.fileDescriptor
+        let whole = dup(data)
+        let broken = open("/dev/null", O_RDWR)
+        dup2(broken, data)
+        defer {
+            dup2(whole, data)
+            close(whole)
+            close(broken)
+        }
+        return try body()
+    }
+
     deinit {
         let failure = thread.stop()
-        precondition(failure == nil, "the pool failed: \(failure!)")
+        precondition(failure == nil || mayFail, "the pool failed: \(failure!)")
     }
 }
 

@@ -318,7 +318,7 @@ extension World {
         if isDamaged { return }
         if let wrong = request.wrong {
             if reply.error == WireError.notPermitted.rawValue,
-                model.mayRefuse(sentAt: request.begun)
+                failedAt != nil || model.mayRefuse(sentAt: request.begun)
             {
                 return
             }
@@ -380,7 +380,8 @@ extension World {
         case .inputOutput where isTroubled:
             break
         case .notPermitted
-        where request.changes && (isReadOnly || model.mayRefuse(sentAt: request.begun)):
+        where request.changes
+            && (isReadOnly || failedAt != nil || model.mayRefuse(sentAt: request.begun)):
             counts.refused += 1
         default:
             throw WorldFailure(
