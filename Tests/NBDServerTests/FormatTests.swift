@@ -94,14 +94,16 @@ private let chunked = [WireFormat.structured, .extended]
         let whole = try client.ask(.read, blockSize, 3 * blockSize)
         let block = zeroes[..<4096] + data + zeroes[8192...]
         #expect(whole.data == zeroes + block + zeroes)
-        #expect(whole.holes == Int(2 * blockSize))
+        #expect(whole.holes == Int(2 * blockSize) && whole.pieces == 3)
         let hole = try client.ask(.read, 8 * blockSize, 512)
         #expect(hole.data == [UInt8](repeating: 0, count: 512) && hole.holes == 512)
         let nothing = try client.ask(.read, 0, 0)
         #expect(nothing == Answer(data: []))
-        // In one piece, with nothing left out.
+        // In one piece, with nothing left out, whatever the length.
         let unbroken = try client.ask(.read, blockSize, 3 * blockSize, flags: .dontFragment)
-        #expect(unbroken.data == whole.data && unbroken.holes == 0)
+        #expect(unbroken.data == whole.data && unbroken.holes == 0 && unbroken.pieces == 1)
+        let longest = try client.ask(.read, 0, 32 * mebibyte, flags: .dontFragment)
+        #expect(longest.error == 0 && longest.holes == 0 && longest.pieces == 1)
     }
 
     @Test(arguments: chunked)

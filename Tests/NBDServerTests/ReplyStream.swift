@@ -16,6 +16,8 @@ struct Answer: Equatable {
     var data: [UInt8]?
     /// Bytes of it that came as holes.
     var holes = 0
+    /// Chunks in which it came.
+    var pieces = 0
     var status: [Extents] = []
 }
 
@@ -128,6 +130,7 @@ struct ReplyStream {
             guard let length = asked.length, !data.isEmpty, offset >= asked.offset,
                 Int(offset - asked.offset) + data.count <= length
             else { throw ClientError("content that was not asked for") }
+            state.answer.pieces += 1
             let start = Int(offset - asked.offset)
             var all = state.answer.data ?? [UInt8](repeating: 0, count: length)
             all.replaceSubrange(start..<start + data.count, with: data)
