@@ -102,11 +102,11 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
         }
     }
 
-    /// Returns when deleted volumes have given back their blocks; `progress` gets bytes, done and
-    /// in all.
+    /// Returns when deleted volumes have given back their blocks, or cannot for now; `progress` gets
+    /// bytes, done and in all.
     public func finishDeletions(progress: (UInt64, UInt64) -> Void) throws(ControlError) {
         var total: UInt64 = 0
-        while pool.status().deleting > 0 {
+        while pool.isDeleting {
             if let failure = pool.status().failure {
                 throw ControlError(.refused, "the pool \(directory.path) has failed: \(failure)")
             }

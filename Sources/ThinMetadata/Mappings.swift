@@ -38,17 +38,17 @@ extension ThinMetadata {
 
     /// Maps the virtual block to a reserved data block, stamped with the pool's time. The
     /// reservation becomes a reference; the block that was mapped before loses one.
-    /// - Parameter usingReserve: for what a full pool needs in order to give space back.
+    /// - Parameter isAssured: the caller has asked `fits`, and this belongs to what it asked for.
     /// - Returns: the replaced mapping.
     public func insert(
-        _ id: ThinDeviceID, _ virtual: VirtualBlock, _ block: DataBlock, usingReserve: Bool = false
+        _ id: ThinDeviceID, _ virtual: VirtualBlock, _ block: DataBlock, isAssured: Bool = false
     ) throws(MetadataError) -> Mapping? {
         let record = try existing(id)
         try requireWritable()
         precondition(
             block.rawValue < store.data.blockCount && store.data.isBusy(block.rawValue),
             "data block \(block.rawValue) was not reserved")
-        try requireInsertSpace(record, virtual.rawValue, keepingReserve: !usingReserve)
+        if !isAssured { try requireInsertSpace(record, virtual.rawValue) }
         try touch(record)
         markDirty(record)
         var root = record.root

@@ -5,6 +5,7 @@
 // 2. After every operation `commitCost` blocks are allocatable: a freeze never fails for space.
 // 3. Provisioning and new devices also leave the reserve alone; removals may use it. So a full pool
 //    can always be emptied.
+// 4. What has to be in one transaction is asked for together (`fits`), before any of it is begun.
 
 /// What an operation may allocate at most, besides what a freeze would allocate before it.
 private struct Estimate {
@@ -13,6 +14,13 @@ private struct Estimate {
     /// Data blocks, and metadata blocks, whose counts may change by other than 0 <-> 1.
     var dataEntries = 0
     var metadataEntries = 0
+}
+
+/// A change of the devices, as far as its space is concerned.
+public enum DeviceChange: Sendable {
+    case none
+    case create(ThinDeviceID)
+    case delete(ThinDeviceID)
 }
 
 extension ThinMetadata {
@@ -75,6 +83,26 @@ extension ThinMetadata {
         guard hasSpace(cost, keepingReserve: keepingReserve) else { throw .outOfMetadataSpace }
     }
 
+    /// Whether the change, and then mapping the first `count` blocks of device `id`, fit into the open
+    /// transaction. If so, neither runs out of space. Only new devices leave the reserve alone.
+    public func fits(
+        _ change: DeviceChange, mapping count: Int, of id: ThinDeviceID
+    ) throws(MetadataError) -> Bool {
+        let record = try existing(id)
+        var estimate = Estimate(nodes: 1 + count, dataEntries: 2 * count, metadataEntries: count)
+        try addTopPath(&estimate, record)
+        try addPath(&estimate, record.root, .mapping, 0, perLevel: 3, siblings: false)
+        var keepsReserve = false
+        switch change {
+        case .none: break
+        case .create(let id):
+            keepsReserve = true
+            try addCreation(&estimate, id)
+        case .delete(let id): try addDeletion(&estimate, try existing(id))
+        }
+        return hasSpace(try cost(estimate), keepingReserve: keepsReserve)
+    }
+
     // MARK: Costs
 
     private func cost(_ estimate: Estimate) throws(MetadataError) -> UInt64 {
@@ -134,22 +162,30 @@ extension ThinMetadata {
 
     /// One id more in the two device trees.
     func creationCost(_ id: ThinDeviceID) throws(MetadataError) -> UInt64 {
-        let key = UInt64(id.rawValue)
-        var estimate = Estimate(nodes: 1, metadataEntries: 1)
-        try addPath(
-            &estimate, superblock.mappingRoot, .topLevel, key, perLevel: 3, siblings: true)
-        try addPath(&estimate, superblock.detailsRoot, .details, key, perLevel: 3, siblings: true)
+        var estimate = Estimate()
+        try addCreation(&estimate, id)
         return try cost(estimate)
     }
 
+    private func addCreation(
+        _ estimate: inout Estimate, _ id: ThinDeviceID
+    ) throws(MetadataError) {
+        let key = UInt64(id.rawValue)
+        estimate.nodes += 1
+        estimate.metadataEntries += 1
+        try addPath(
+            &estimate, superblock.mappingRoot, .topLevel, key, perLevel: 3, siblings: true)
+        try addPath(&estimate, superblock.detailsRoot, .details, key, perLevel: 3, siblings: true)
+    }
+
     @inline(__always) func requireInsertSpace(
-        _ record: DeviceRecord, _ key: UInt64, keepingReserve: Bool
+        _ record: DeviceRecord, _ key: UInt64
     ) throws(MetadataError) {
         if hasSpace(Self.plenty, keepingReserve: true) { return }
         var estimate = Estimate(nodes: 1, dataEntries: 2)
         try addTopPath(&estimate, record)
         try addPath(&estimate, record.root, .mapping, key, perLevel: 3, siblings: false)
-        try requireSpace(try cost(estimate), keepingReserve: keepingReserve)
+        try requireSpace(try cost(estimate), keepingReserve: true)
     }
 
     /// The device's entry in the top-level tree gets another value.
@@ -180,14 +216,21 @@ extension ThinMetadata {
 
     /// Removing the device and all that is its alone.
     func deletionCost(_ record: DeviceRecord) throws(MetadataError) -> UInt64 {
+        var estimate = Estimate()
+        try addDeletion(&estimate, record)
+        return try cost(estimate)
+    }
+
+    private func addDeletion(
+        _ estimate: inout Estimate, _ record: DeviceRecord
+    ) throws(MetadataError) {
         let key = UInt64(record.id.rawValue)
         let mapped = Int(clamping: min(record.details.mappedBlocks, dataBlocks))
-        var estimate = Estimate(dataEntries: mapped)
-        estimate.metadataEntries = mapped / NodeGeometry.internalNode.minimum + 2
+        estimate.dataEntries += mapped
+        estimate.metadataEntries += mapped / NodeGeometry.internalNode.minimum + 2
         // Once to shadow the path, once to take the entry out.
         try addPath(
             &estimate, superblock.mappingRoot, .topLevel, key, perLevel: 2, siblings: true)
         try addPath(&estimate, superblock.detailsRoot, .details, key, perLevel: 2, siblings: true)
-        return try cost(estimate)
     }
 }

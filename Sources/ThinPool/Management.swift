@@ -2,8 +2,11 @@
 // from any thread, done by the worker one after the other, and told durable or failed.
 //
 //     asked ──> prepared (checked, blocks reserved) ──> new catalogue written to the data device
-//          ──> [origin held, writes in flight awaited] ──> applied with the new catalogue's
-//              mappings in one transaction ──> committed ──> told
+//          ──> [origin held, writes in flight awaited] ──> [a commit awaited, for metadata space]
+//          ──> applied with the new catalogue's mappings in one transaction ──> committed ──> told
+//
+// 1. Whether there is metadata space for all that is applied is asked before anything of it is. A
+//    change that does not fit is refused; it does not fail the pool.
 
 import Glibc
 import ThinMetadata
@@ -25,6 +28,8 @@ struct CatalogueChange {
     let change: VolumeChange
     /// Called under the lock: must not take it.
     let completion: ((PoolError?) -> Void)?
+    /// There was no metadata space for a deletion at once.
+    var deletesInBackground = false
 }
 
 /// A change whose catalogue is being written.
@@ -35,8 +40,22 @@ struct PreparedChange {
     let blocks: [DataBlock]
     /// The device that the change makes or removes.
     let device: ThinDeviceID
-    /// A small or mostly shared device goes with the change itself, not in the background.
+    /// A device of few mappings goes with the change itself, not in the background.
     var deletesAtOnce = false
+    /// Commits that it has waited for to give metadata space back.
+    var commitsAwaited = 0
+
+    /// The one under way, and the one with all that has been given up by now.
+    static let mostCommitsAwaited = 2
+
+    /// What it does to the devices.
+    var deviceChange: DeviceChange {
+        switch change.change {
+        case .create, .snapshot: return .create(device)
+        case .delete: return deletesAtOnce ? .delete(device) : .none
+        case .set, .adopt, .forget: return .none
+        }
+    }
 }
 
 extension Pool {
@@ -127,7 +146,8 @@ extension Pool {
             next.volumes.removeAll { $0.name == name }
             do throws(MetadataError) {
                 let mapped = try metadata.details(device)?.mappedBlocks ?? 0
-                deletesAtOnce = mapped <= options.bounds.smallDeletion
+                deletesAtOnce =
+                    mapped <= options.bounds.smallDeletion && !change.deletesInBackground
             } catch { throw PoolError(error) }
             if !deletesAtOnce { next.deleting.append(device.rawValue) }
         case .forget:
@@ -168,12 +188,13 @@ extension Pool {
     /// Makes the change and maps the new catalogue, in the open transaction.
     func apply() {
         let prepared = worker.current!
+        worker.appliesAfterCommit = false
         var held: Volume?
         if case .snapshot(let origin, _, _, _) = prepared.change.change {
             held = volumesByName[origin]
         }
         defer {
-            if let held {
+            if let held, !worker.appliesAfterCommit {
                 held.release(snapshottedTime: held.pendingTime ?? held.snapshottedTime)
                 held.pendingTime = nil
                 resume(&held.heldSteps)
@@ -190,6 +211,11 @@ extension Pool {
                 try metadata.createThin(CatalogueLayout.device)
                 hasCatalogue = true
             }
+            guard
+                try metadata.fits(
+                    prepared.deviceChange, mapping: prepared.blocks.count,
+                    of: CatalogueLayout.device)
+            else { return currentLacksSpace() }
             try applyChange(prepared)
         } catch {
             switch error {
@@ -217,6 +243,25 @@ extension Pool {
         waitForCommit(.completion { prepared.change.completion?($0) })
     }
 
+    /// There is no metadata space for the change, of which nothing has been done yet.
+    private func currentLacksSpace() {
+        let prepared = worker.current!
+        if prepared.deletesAtOnce {
+            // Its blocks come back in the background, in steps that take less.
+            dropCurrent()
+            var change = prepared.change
+            change.deletesInBackground = true
+            worker.changes.insert(change, at: 0)
+            lock.signal()
+        } else if commitGivesBack, prepared.commitsAwaited < PreparedChange.mostCommitsAwaited {
+            worker.current!.commitsAwaited += 1
+            worker.appliesAfterCommit = true
+            requestCommit()
+        } else {
+            finishCurrent(PoolError(MetadataError.outOfMetadataSpace))
+        }
+    }
+
     private func applyChange(_ prepared: PreparedChange) throws(MetadataError) {
         switch prepared.change.change {
         case .create:
@@ -235,16 +280,18 @@ extension Pool {
     private func mapCatalogue(_ prepared: PreparedChange) throws(MetadataError) {
         for (index, block) in prepared.blocks.enumerated() {
             _ = try metadata.insert(
-                CatalogueLayout.device, VirtualBlock(UInt64(index)), block, usingReserve: true)
+                CatalogueLayout.device, VirtualBlock(UInt64(index)), block, isAssured: true)
             reservations -= 1
         }
-        let count = UInt64(prepared.blocks.count)
-        if catalogueBlocks > count {
+        catalogueBlocks = UInt64(prepared.blocks.count)
+        do throws(MetadataError) {
             _ = try metadata.remove(
-                CatalogueLayout.device, count..<catalogueBlocks, limit: Int.max
+                CatalogueLayout.device, catalogueBlocks..<UInt64.max, limit: Int.max
             ) { _, _ in }
+        } catch {
+            // What a longer one has left does no harm; the next change takes it away.
+            guard case .outOfMetadataSpace = error else { throw error }
         }
-        catalogueBlocks = count
     }
 
     /// The volumes follow the change.
@@ -277,14 +324,20 @@ extension Pool {
     /// The change did not happen.
     private func finishCurrent(_ error: PoolError) {
         let prepared = worker.current!
-        worker.current = nil
-        for block in prepared.blocks { giveBack(block) }
-        refillSpareBlocks()
-        prepared.bytes.deallocate()
+        dropCurrent()
         if case .delete(let name) = prepared.change.change {
             volumesByName[name]?.isBeingDeleted = false
         }
         prepared.change.completion?(error)
+    }
+
+    /// Gives back what was prepared.
+    private func dropCurrent() {
+        let prepared = worker.current!
+        worker.current = nil
+        for block in prepared.blocks { giveBack(block) }
+        refillSpareBlocks()
+        prepared.bytes.deallocate()
     }
 
     // MARK: - Checks

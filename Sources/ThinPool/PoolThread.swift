@@ -239,6 +239,11 @@ extension Pool {
     /// Deleted volumes that still have blocks.
     var deletionsLeft: Int { catalogue.deleting.count { !forgotten.contains($0) } }
 
+    /// There is something left of them, and metadata space to go on.
+    public var isDeleting: Bool {
+        lock.withLock { deletionsLeft > 0 && !worker.deletionLacksSpace }
+    }
+
     /// Nothing is left to do before the pool is closed. The lock is held.
     public var isAtRest: Bool {
         isReadOnly

@@ -71,6 +71,8 @@ final class WorkerState {
     var changes: [CatalogueChange] = []
     var current: PreparedChange?
     var isQuiesced = false
+    /// `current` waits for the next commit to give metadata space back.
+    var appliesAfterCommit = false
 
     var isIdle: Bool { if case .idle = activity { return true } else { return false } }
 
@@ -248,6 +250,8 @@ extension Pool {
             processDrains()
         }
         tell(worker.takeWaiters(), nil)
+        // Before anybody else has what has come back.
+        if worker.appliesAfterCommit { apply() }
         // Metadata blocks have come back too.
         resume(&spaceWaiters)
     }

@@ -183,7 +183,7 @@ extension MetadataWorld {
     }
 
     /// The pool's catalogue is a device, too, never shared and of a few blocks. It is written to when
-    /// the pool is full: nothing could be deleted otherwise.
+    /// the pool is full, alone or with a deletion: nothing could be deleted otherwise.
     func writeCatalogue() throws {
         if model.devices[Self.catalogue] == nil {
             guard
@@ -194,12 +194,27 @@ extension MetadataWorld {
             model.devices[Self.catalogue] = .init(
                 creationTime: model.time, snapshottedTime: model.time)
         }
-        _ = try write(Self.catalogue, UInt64(random.below(4)), usingReserve: true)
+        let key = UInt64(random.below(4))
+        let victim = random.oneIn(4) ? ids.randomElement(using: &random) : nil
+        let fits = try read { () throws(MetadataError) in
+            try metadata.fits(
+                victim.map { .delete(ThinDeviceID($0)) } ?? .none, mapping: Int(key) + 1,
+                of: ThinDeviceID(Self.catalogue))
+        }
+        guard fits == true else { return }
+        if let victim {
+            let isGone: Void? = try change({ () throws(MetadataError) in
+                try metadata.deleteDevice(ThinDeviceID(victim))
+            })
+            try require(isGone != nil, "a deletion that fits finds no space")
+            forget(victim)
+        }
+        _ = try write(Self.catalogue, key, isAssured: true)
     }
 
     /// False if there is no space.
     private func write(
-        _ id: UInt32, _ key: UInt64, usingReserve: Bool = false
+        _ id: UInt32, _ key: UInt64, isAssured: Bool = false
     ) throws -> Bool {
         let block: DataBlock
         if !reserved.isEmpty, random.oneIn(8) {
@@ -211,7 +226,7 @@ extension MetadataWorld {
         guard
             let replaced = try change({ () throws(MetadataError) in
                 try metadata.insert(
-                    ThinDeviceID(id), VirtualBlock(key), block, usingReserve: usingReserve)
+                    ThinDeviceID(id), VirtualBlock(key), block, isAssured: isAssured)
             })
         else {
             metadata.releaseReservation(block)

@@ -1,0 +1,109 @@
+// Pools whose metadata device is full, or filled up for a moment: removals use the reserve, and
+// everything that was promised of a full pool goes on.
+
+import Glibc
+import Testing
+import ThinMetadata
+import ThinPool
+
+@Suite struct FullMetadataTests {
+    private static let block = Bench.blockSize
+    /// Data blocks of one bitmap: one more takes another.
+    private static let bitmap = 16_320
+    /// Sizes of the metadata device, so that removals do not always stop at the same distance from the
+    /// end of the reserve.
+    private static let sizes = 150..<158
+
+    /// A pool at rest with as many volumes "v0", "v1" ... as its metadata holds, two blocks in each.
+    private func fullBench(
+        metadataBlocks: Int, before: (Bench) throws -> Void = { _ in }
+    ) throws -> (bench: Bench, volumes: [Volume]) {
+        let bench = try Bench(dataBlocks: Self.bitmap, metadataBlocks: metadataBlocks)
+        try before(bench)
+        var volumes: [Volume] = []
+        while true {
+            let name = "v\(volumes.count)"
+            let change = bench.ask(.create(name: name, size: UInt64(4 * Self.block)))
+            try bench.rest()
+            if let error = change.error {
+                #expect(error.kind == .outOfSpace)
+                break
+            }
+            let volume = try bench.volume(name)
+            try #require(try provision(bench, volume, blocks: 2) == 0)
+            volumes.append(volume)
+        }
+        try #require(volumes.count > 8)
+        return (bench, volumes)
+    }
+
+    private func provision(_ bench: Bench, _ volume: Volume, blocks: Int) throws -> Int32 {
+        try bench.perform(.writeZeroes, volume, length: blocks * Self.block, noHole: true)
+    }
+
+    /// Trims one block of each volume, each of another leaf, before anything is committed.
+    private func trim(_ bench: Bench, _ volumes: [Volume]) -> [UInt64] {
+        volumes.map { bench.send(.trim, $0, length: Self.block) }
+    }
+
+    /// Whoever waits for a commit has had it; then what came of that is committed.
+    private func settleAndRest(_ bench: Bench) throws {
+        try bench.settle()
+        try bench.rest()
+    }
+
+    /// Trims have taken the reserve: a change of the catalogue waits for a commit, too, and does not
+    /// fail the pool.
+    @Test(arguments: sizes) func changesWaitForWhatTrimsHaveTaken(metadataBlocks: Int) throws {
+        let (bench, volumes) = try fullBench(metadataBlocks: metadataBlocks)
+        _ = trim(bench, volumes)
+        let change = bench.ask(.set(name: "v0", description: "as it was"))
+        try settleAndRest(bench)
+        #expect(change.isDone && change.error == nil)
+        #expect(volumes[0].description == "as it was")
+        #expect(bench.pool.status().mode == .writable)
+        try requireCleanMetadata(bench, "after the change")
+    }
+
+    /// A snapshot has its origin held while it waits; then it is refused, and the origin goes on.
+    @Test func aSnapshotIsRefused() throws {
+        let (bench, volumes) = try fullBench(metadataBlocks: 150)
+        _ = trim(bench, volumes)
+        let change = bench.ask(.snapshot(origin: "v0", name: "s"))
+        try settleAndRest(bench)
+        #expect(change.error?.kind == .outOfSpace)
+        #expect(try bench.write(1, volumes[0], at: Self.block, length: 512, fua: true) == 0)
+        #expect(bench.pool.status().mode == .writable)
+    }
+
+    /// A deletion for which there is no space at once goes on in the background.
+    @Test(arguments: sizes) func deletionsWaitForWhatTrimsHaveTaken(metadataBlocks: Int) throws {
+        let (bench, volumes) = try fullBench(metadataBlocks: metadataBlocks)
+        _ = trim(bench, volumes)
+        let change = bench.ask(.delete(name: "v1"))
+        try settleAndRest(bench)
+        #expect(change.isDone && change.error == nil)
+        let status = bench.pool.status()
+        #expect(status.deleting == 0 && status.volumes == volumes.count - 1)
+        try requireCleanMetadata(bench, "after the deletion")
+    }
+
+    /// A volume that is deleted at once where there is space, and for which the upper bound is beyond
+    /// the whole reserve.
+    @Test func aMiddlingVolumeGoesInTheBackground() throws {
+        let blocks = 3000
+        let (bench, _) = try fullBench(metadataBlocks: 150) { bench in
+            try bench.change(.create(name: "big", size: UInt64(blocks * Self.block)))
+            try #require(
+                try provision(bench, try bench.volume("big"), blocks: blocks) == 0)
+        }
+        let before = bench.pool.status()
+        try bench.change(.delete(name: "big"))
+        #expect(bench.pool.status().deleting == 1)
+        try bench.rest()
+        let after = bench.pool.status()
+        #expect(after.deleting == 0)
+        #expect(after.dataBlocksUsed == before.dataBlocksUsed - UInt64(blocks))
+        try requireCleanMetadata(bench, "after the deletion")
+    }
+}
