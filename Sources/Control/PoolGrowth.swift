@@ -24,6 +24,7 @@ public enum PoolGrowth {
             // Both are judged before the first is changed.
             if let metadataSize { try require(metadata, canGrowTo: metadataSize, unit: 4096) }
             if let dataSize { try require(data, canGrowTo: dataSize, unit: 512) }
+            if let dataSize { try require(metadata, asOf: metadataSize, hasRoomFor: dataSize) }
             if let metadataSize { try extend(metadata, to: metadataSize) }
             if let dataSize { try extend(data, to: dataSize) }
         } catch {
@@ -65,6 +66,25 @@ public enum PoolGrowth {
                 .refused, "\(device.path): \(size) bytes are not a multiple of \(unit)")
         }
     }
+
+    /// A longer data device that the pool could not use would be of no use. Nothing is written.
+    private static func require(
+        _ metadata: FileDevice, asOf metadataSize: UInt64?, hasRoomFor dataSize: UInt64
+    ) throws(ControlError) {
+        do throws(MetadataError) {
+            let pool = try ThinMetadata(metadata, cacheBlocks: trialCacheBlocks)
+            let blockSize = UInt64(pool.dataBlockSectors) * Layout.sectorSize
+            try pool.growMetadata(asOf: metadataSize)
+            try pool.growData(to: min(dataSize / blockSize, Mapping.maxBlock))
+        } catch {
+            guard case .outOfMetadataSpace = error else { throw ControlError(error) }
+            throw ControlError(
+                .refused,
+                "\(metadata.path) has no room for more data blocks: give it a larger "
+                    + "--metadata-size, too, or delete volumes first")
+        }
+    }
+    private static let trialCacheBlocks = 256
 
     private static func extend(_ device: FileDevice, to size: UInt64) throws(ControlError) {
         do throws(DeviceError) { try device.grow(to: size) } catch { throw ControlError(error) }

@@ -49,9 +49,13 @@ extension ThinMetadata {
     }
 
     /// More metadata blocks, if the device has become larger.
-    public func growMetadata() throws(MetadataError) {
+    ///
+    /// - Parameter size: what the device will have, for somebody who only wants to know what would
+    ///   then fit, and commits nothing.
+    public func growMetadata(asOf size: UInt64? = nil) throws(MetadataError) {
         try requireWritable()
-        let blocks = min(device.size / UInt64(Layout.blockSize), Layout.maxMetadataBlocks)
+        let size = size ?? device.size
+        let blocks = min(size / UInt64(Layout.blockSize), Layout.maxMetadataBlocks)
         guard blocks > metadataBlocks else { return }
         isChanged = true
         store.cache.grow(metadataLimit: blocks)

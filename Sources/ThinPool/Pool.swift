@@ -150,6 +150,8 @@ public final class Pool: @unchecked Sendable {
     var stopsDeleting = false
     /// What the catalogue says and the metadata does not bear out: for people to see.
     var problems: [String] = []
+    /// Why the pool does not use all of its data device.
+    private(set) var growthProblem: String?
 
     /// Opens a pool.
     ///
@@ -211,15 +213,21 @@ public final class Pool: @unchecked Sendable {
         return [UInt8](block)
     }
 
-    /// The devices may have grown since the pool was last open: use what they have.
+    /// The devices may have grown since the pool was last open: use what they have. Where the metadata
+    /// has no room for more data blocks, the pool has to be open all the same: only then can it have.
     private func growToDevices() throws(PoolError) {
-        do {
+        do throws(MetadataError) {
             let blocks = min(dataDevice.size / blockSize, Mapping.maxBlock)
             if metadataDevice.size / UInt64(Layout.blockSize) > metadata.metadataBlocks {
                 try metadata.growMetadata()
             }
             if blocks > metadata.dataBlocks { try metadata.growData(to: blocks) }
-        } catch { throw PoolError(error) }
+        } catch {
+            guard case .outOfMetadataSpace = error else { throw PoolError(error) }
+            growthProblem =
+                "\(dataDevice.path) has grown, but the pool's metadata has no room for more data "
+                + "blocks: grow the metadata device, or delete volumes, and open the pool again"
+        }
     }
 
     // MARK: - The map, for the engines

@@ -181,7 +181,8 @@ extension Pool {
                 volumes: volumesByName.count, deleting: deletionsLeft,
                 time: metadata.time, transactionID: metadata.transactionID,
                 needsCheck: metadata.needsCheck,
-                heldRoot: metadata.heldRoot?.rawValue, problems: problems)
+                heldRoot: metadata.heldRoot?.rawValue,
+                problems: problems + (growthProblem.map { [$0] } ?? []))
         }
     }
 

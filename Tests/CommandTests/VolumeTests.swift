@@ -137,6 +137,18 @@ import ThinPool
         try scratch.expectIntact()
     }
 
+    /// Each GiB of data blocks takes a metadata block, and there are not so many.
+    @Test func growsOnlyAsFarAsTheMetadataAllows() throws {
+        let grow = ["pool", "grow", scratch.pool, "--data-size", "3TiB"]
+        let outcome = try scratch.run(grow)
+        #expect(outcome.isFailure && outcome.error.contains("no room"), "\(outcome)")
+        let size = try FileManager.default.attributesOfItem(atPath: scratch.pool + "/data")[.size]
+        #expect((size as? UInt64 ?? .max) < 1 << 40)
+        try scratch.expectIntact()
+        #expect(try scratch.run(grow + ["--metadata-size", "64MiB"]).status == 0)
+        try scratch.expectIntact()
+    }
+
     /// A pool that another program made has thin devices and no catalogue.
     @Test func adopts() throws {
         let xml = scratch.path("pool.xml")

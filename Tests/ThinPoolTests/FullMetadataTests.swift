@@ -106,4 +106,23 @@ import ThinPool
         #expect(after.dataBlocksUsed == before.dataBlocksUsed - UInt64(blocks))
         try requireCleanMetadata(bench, "after the deletion")
     }
+
+    /// A longer data device takes metadata. Where there is none the pool opens as it was: only then can
+    /// somebody make room.
+    @Test func aLongerDataDeviceIsTakenUpWhenThereIsRoom() throws {
+        let (bench, volumes) = try fullBench(metadataBlocks: 150)
+        bench.dataDisk.grow(to: 9 * Self.bitmap * Self.block)
+        try bench.reopen()
+        var status = bench.pool.status()
+        #expect(status.mode == .writable && status.dataBlocks == UInt64(Self.bitmap))
+        #expect(status.problems.count == 1)
+        // It is no damage.
+        try requireCleanMetadata(bench, "with a longer device")
+        #expect(try bench.pool.check().isClean)
+        for index in volumes.indices { try bench.change(.delete(name: "v\(index)")) }
+        try bench.rest()
+        try bench.reopen()
+        status = bench.pool.status()
+        #expect(status.dataBlocks == UInt64(9 * Self.bitmap) && status.problems.isEmpty)
+    }
 }
