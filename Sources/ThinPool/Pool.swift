@@ -110,7 +110,9 @@ public final class Pool: @unchecked Sendable {
     /// Kept alive by their reactors, until they close.
     var engines: [Unmanaged<VolumeIO>?] = []
     var cells: [CellKey: ParkedSteps] = [:]
+    /// For a data block, and for metadata blocks.
     var spaceWaiters = ParkedSteps()
+    var metadataWaiters = ParkedSteps()
     var drainWaiters = ParkedSteps()
     /// Blocks allocated and not yet mapped or given back, the spare ones included.
     var reservations: UInt64 = 0
@@ -528,6 +530,7 @@ public final class Pool: @unchecked Sendable {
         tell(waiters, error)
         for volume in volumesByID.values { resume(&volume.heldSteps) }
         resume(&spaceWaiters)
+        resume(&metadataWaiters)
         resume(&drainWaiters)
         onFailure?(error)
         if !worker.hasIOInFlight { rollBack() }

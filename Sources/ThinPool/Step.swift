@@ -102,8 +102,8 @@ struct Step: BitwiseCopyable {
     /// The next step of the request with I/O to issue.
     var nextReady: Int32 = -1
 
-    /// It has already waited for a commit to give metadata space back.
-    var hasWaited = false
+    /// Commits that it has waited for, in vain, to give metadata space back.
+    var commitsAwaited: UInt8 = 0
     /// Links parked steps.
     var next: UInt64 = 0
 }

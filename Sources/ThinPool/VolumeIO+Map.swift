@@ -90,6 +90,10 @@ extension VolumeIO {
 
     // MARK: - Unmapping
 
+    /// Commits that an unmap waits for where there is no metadata space. The next one has enough for
+    /// some of those who wait, and theirs then comes back with the one after it.
+    private static let unmapPatience: UInt8 = 100
+
     private func resolveUnmap(_ index: Int32, _ volume: Volume) {
         let step = steps[index]
         var range = step.pointee.virtualBlock..<step.pointee.blockLimit
@@ -103,11 +107,17 @@ extension VolumeIO {
         }
         let perLeaf = pool.options.bounds.unmapsPerLeaf
         switch pool.unmap(volume, range, limit: perLeaf * leavesLeft) {
+        case .failure(ENOSPC)
+        where step.pointee.commitsAwaited < Self.unmapPatience && pool.commitGivesBack:
+            leavesLeft -= 1
+            step.pointee.commitsAwaited += 1
+            pool.park(reference(index), in: &pool.metadataWaiters)
         case .failure(let error):
             fail(index, error)
         case .success((let next, let removed)):
             leavesLeft -= max(removed / perLeaf, 1)
             if let next = next ?? busy {
+                step.pointee.commitsAwaited = 0
                 step.pointee.virtualBlock = next
                 ask(index)
             } else {
@@ -291,7 +301,7 @@ extension VolumeIO {
             switch pool.insert(volume, step.pointee.virtualBlock, block) {
             case .done: break
             case .failed(let error): fail(request, error)
-            case .noMetadataSpace where step.pointee.hasWaited || !pool.commitGivesBack:
+            case .noMetadataSpace where step.pointee.commitsAwaited > 0 || !pool.commitGivesBack:
                 fail(request, ENOSPC)
             case .noMetadataSpace: again = true
             }
@@ -300,7 +310,7 @@ extension VolumeIO {
         pool.releaseCell(key)
         if again {
             // No metadata space until a commit gives some back: then the block is filled anew.
-            step.pointee.hasWaited = true
+            step.pointee.commitsAwaited += 1
             step.pointee.phase = .asks
             unpin(step)
             // Who is pinned may need the buffer to go on, and this step may have to wait for that.
@@ -309,7 +319,7 @@ extension VolumeIO {
                 giveBounce(bounce)
             }
             pool.requestCommit()
-            pool.park(reference(index), in: &pool.spaceWaiters)
+            pool.park(reference(index), in: &pool.metadataWaiters)
         } else {
             end(index)
         }

@@ -252,8 +252,9 @@ extension Pool {
         tell(worker.takeWaiters(), nil)
         // Before anybody else has what has come back.
         if worker.appliesAfterCommit { apply() }
-        // Metadata blocks have come back too.
         resume(&spaceWaiters)
+        // Metadata blocks have come back too.
+        resume(&metadataWaiters)
     }
 
     // MARK: - Discards

@@ -52,15 +52,27 @@ import ThinPool
         try bench.rest()
     }
 
+    /// What there is no space for now there is with the next commit, or the one after it.
+    @Test(arguments: sizes) func trimsWaitForWhatTrimsHaveTaken(metadataBlocks: Int) throws {
+        let (bench, volumes) = try fullBench(metadataBlocks: metadataBlocks)
+        let trims = trim(bench, volumes)
+        #expect(trims.contains { bench.answer($0) == nil }, "there was space for all of them")
+        try settleAndRest(bench)
+        #expect(trims.allSatisfy { bench.answer($0) == 0 })
+        let mapped = try bench.pool.volumeList().map(\.mappedBytes)
+        #expect(mapped.allSatisfy { $0 == UInt64(Self.block) })
+    }
+
     /// Trims have taken the reserve: a change of the catalogue waits for a commit, too, and does not
     /// fail the pool.
     @Test(arguments: sizes) func changesWaitForWhatTrimsHaveTaken(metadataBlocks: Int) throws {
         let (bench, volumes) = try fullBench(metadataBlocks: metadataBlocks)
-        _ = trim(bench, volumes)
+        let trims = trim(bench, volumes)
         let change = bench.ask(.set(name: "v0", description: "as it was"))
         try settleAndRest(bench)
         #expect(change.isDone && change.error == nil)
         #expect(volumes[0].description == "as it was")
+        #expect(trims.allSatisfy { bench.answer($0) == 0 })
         #expect(bench.pool.status().mode == .writable)
         try requireCleanMetadata(bench, "after the change")
     }
@@ -68,11 +80,12 @@ import ThinPool
     /// A snapshot has its origin held while it waits; then it is refused, and the origin goes on.
     @Test func aSnapshotIsRefused() throws {
         let (bench, volumes) = try fullBench(metadataBlocks: 150)
-        _ = trim(bench, volumes)
+        let trims = trim(bench, volumes)
         let change = bench.ask(.snapshot(origin: "v0", name: "s"))
         try settleAndRest(bench)
         #expect(change.error?.kind == .outOfSpace)
         #expect(try bench.write(1, volumes[0], at: Self.block, length: 512, fua: true) == 0)
+        #expect(trims.allSatisfy { bench.answer($0) == 0 })
         #expect(bench.pool.status().mode == .writable)
     }
 
