@@ -11,6 +11,7 @@
 // 2. A page that leaves the directory is freed only once its epoch has drained.
 // 3. The table is a cache: what is not in it is in the metadata, never the other way round.
 // 4. Of a packed page only entries change.
+// 5. Going through the table takes time for what is in it, not for what it could hold: the lock is held.
 
 import Glibc
 import Synchronization
@@ -41,6 +42,9 @@ package final class MappingTable: @unchecked Sendable {
     private let pageCount: Int
     private let directoryBytes: Int
     private let directory: UnsafeMutablePointer<Atomic<UInt>>
+    /// Words that are not absent in each stretch of the directory. Under the lock.
+    private let present: UnsafeMutablePointer<UInt16>
+    private static let stretch = 4096
     /// Bytes of the pages that are present. Under the lock.
     private(set) var bytes = 0
 
@@ -56,10 +60,14 @@ package final class MappingTable: @unchecked Sendable {
             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         guard let memory, memory != MAP_FAILED else { return nil }
         directory = memory.bindMemory(to: Atomic<UInt>.self, capacity: max(pageCount, 1))
+        let stretches = (pageCount + Self.stretch - 1) / Self.stretch
+        present = .allocate(capacity: stretches)
+        present.initialize(repeating: 0, count: stretches)
     }
 
     deinit {
         if bytes > 0 { removeAll { free(UnsafeMutableRawPointer(bitPattern: $0)) } }
+        present.deallocate()
         munmap(directory, directoryBytes)
     }
 
@@ -116,6 +124,7 @@ package final class MappingTable: @unchecked Sendable {
             word = PackedPage(places).address | Self.packedBit
         }
         bytes += size(word)
+        present[index / Self.stretch] += 1
         directory[index].store(word, ordering: .releasing)
     }
 
@@ -154,10 +163,22 @@ package final class MappingTable: @unchecked Sendable {
     /// Takes every page out of the directory; `body` gets the address of each, to be freed once
     /// the epoch has drained.
     func removeAll(_ body: (UInt) -> Void) {
-        for index in 0..<pageCount {
+        var index = 0
+        while index < pageCount {
+            if let next = endOfAbsence(at: index) {
+                index = next
+                continue
+            }
             let word = directory[index].load(ordering: .relaxed)
             if word != Self.absent { remove(index, word, body) }
+            index += 1
         }
+    }
+
+    /// Where the stretch ends that holds this word, if all of its words are absent.
+    private func endOfAbsence(at index: Int) -> Int? {
+        let stretch = index / Self.stretch
+        return present[stretch] == 0 ? min((stretch + 1) * Self.stretch, pageCount) : nil
     }
 
     /// Takes pages of at least `count` bytes out, if there are as many, going on where the last
@@ -169,18 +190,24 @@ package final class MappingTable: @unchecked Sendable {
         let goal = max(0, bytes - count)
         var looked = 0
         while bytes > goal, looked < pageCount {
-            let word = directory[hand].load(ordering: .relaxed)
-            if word != Self.absent, word != Self.hole, hand != kept {
-                remove(hand, word) { body(UInt64(hand), $0) }
+            var next = hand + 1
+            if let end = endOfAbsence(at: hand) {
+                next = end
+            } else {
+                let word = directory[hand].load(ordering: .relaxed)
+                if word != Self.absent, word != Self.hole, hand != kept {
+                    remove(hand, word) { body(UInt64(hand), $0) }
+                }
             }
-            hand = hand + 1 < pageCount ? hand + 1 : 0
-            looked += 1
+            looked += next - hand
+            hand = next < pageCount ? next : 0
         }
     }
     private var hand = 0
 
     private func remove(_ index: Int, _ word: UInt, _ body: (UInt) -> Void) {
         directory[index].store(Self.absent, ordering: .releasing)
+        present[index / Self.stretch] -= 1
         bytes -= size(word)
         if word != Self.hole { body(word & ~Self.packedBit) }
     }

@@ -64,6 +64,33 @@ import ThinMetadata
         for address in replaced { free(UnsafeMutableRawPointer(bitPattern: address)) }
     }
 
+    /// A table of the largest volume: to find what is in it takes no look at what is not.
+    @Test func aLargeTableIsGoneThroughQuickly() throws {
+        let blocks = UInt64(1) << 37
+        let table = try #require(MappingTable(blocks: blocks))
+        let present = [0, 5 << 20, (5 << 20) + Self.pageEntries, blocks / 2, blocks - 1]
+        var addresses: [UInt] = []
+        func load() {
+            for block in present {
+                table.load(pageOf: block) { $0(VirtualBlock(block), Mapping(rawValue: block)) }
+            }
+        }
+        let elapsed = ContinuousClock().measure {
+            for _ in 0..<3 {
+                load()
+                for _ in present { table.evict(bytes: 1, keeping: nil) { addresses.append($1) } }
+                #expect(table.bytes == 0)
+                load()
+                table.removeAll { addresses.append($0) }
+                #expect(table.bytes == 0)
+                #expect(present.allSatisfy { table.lookup($0) == .unknown })
+            }
+        }
+        #expect(addresses.count == 6 * present.count)
+        #expect(elapsed < .seconds(1))
+        for address in addresses { free(UnsafeMutableRawPointer(bitPattern: address)) }
+    }
+
     /// What few mappings cost: a fraction of a plain page.
     @Test func aPageTakesMemoryForWhatIsMapped() throws {
         let table = try #require(MappingTable(blocks: Self.blocks))
