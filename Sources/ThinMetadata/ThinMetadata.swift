@@ -55,6 +55,8 @@ public final class ThinMetadata {
     /// Readers of a committed state, and the metadata blocks that wait for them to end.
     var pins = 0
     var pinnedQuarantine: [UInt64] = []
+    /// How often pins were broken.
+    var pinGeneration: UInt64 = 0
 
     /// Opens the pool's last committed state.
     public init(_ device: any BlockDevice, cacheBlocks: Int) throws(MetadataError) {
@@ -187,6 +189,8 @@ public final class ThinMetadata {
     /// Metadata blocks that can be allocated now, the reserve included.
     public var metadataBlocksFree: UInt64 { store.metadata.availableBlocks }
     public var metadataBlocksUsed: UInt64 { store.metadata.allocatedBlocks }
+    /// Metadata blocks that nobody refers to any more but the states that are pinned.
+    public var metadataBlocksPinned: UInt64 { UInt64(pinnedQuarantine.count) }
 
     /// Whether the open transaction differs from the last frozen one.
     public var hasChanges: Bool { isChanged }

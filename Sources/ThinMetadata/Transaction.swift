@@ -72,12 +72,30 @@ extension ThinMetadata {
 
     /// Keeps every block of the present committed state from being reused, so that it can be read
     /// while later transactions are committed. Pins nest.
-    public func pinCommitted() { pins += 1 }
+    public func pinCommitted() -> CommittedPin {
+        pins += 1
+        return CommittedPin(generation: pinGeneration)
+    }
 
-    public func unpinCommitted() {
+    /// Whether the state of that pin is still whole.
+    public func holds(_ pin: CommittedPin) -> Bool { pin.generation == pinGeneration }
+
+    /// Ends a pin, if it has not been broken.
+    public func unpinCommitted(_ pin: CommittedPin) {
+        guard holds(pin) else { return }
         precondition(pins > 0, "unpinned more often than pinned")
         pins -= 1
-        guard pins == 0 else { return }
+        if pins == 0 { makePinnedAvailable() }
+    }
+
+    /// Ends all pins before their time: what they keep is wanted.
+    public func breakPins() {
+        pins = 0
+        pinGeneration += 1
+        makePinnedAvailable()
+    }
+
+    private func makePinnedAvailable() {
         makeAvailable(metadata: pinnedQuarantine)
         pinnedQuarantine = []
     }
@@ -167,6 +185,11 @@ extension ThinMetadata {
             blockCount: metadata.blockCount, allocatedCount: metadata.allocatedBlocks,
             bitmapRoot: metadata.indexRoot, refCountRoot: metadata.overflowRoot)
     }
+}
+
+/// Somebody reads a committed state, which later ones leave whole.
+public struct CommittedPin: Sendable {
+    fileprivate let generation: UInt64
 }
 
 /// Collects a frozen transaction's blocks.

@@ -1,5 +1,8 @@
 // Checking a pool while it is open, served or not: the strict check of the metadata on the last
 // committed state, and the catalogue against the devices.
+//
+// 1. The committed state that is checked is kept whole meanwhile: what later ones give up is not used
+//    again. But not at the cost of those who write: a check that keeps too much ends without a result.
 
 import ThinMetadata
 
@@ -13,6 +16,9 @@ public struct PoolCheckReport: Sendable {
 extension Pool {
     /// Checks the last committed state; the pool goes on meanwhile. Takes time in proportion to the
     /// metadata in use, on the calling thread.
+    ///
+    /// - Throws: `PoolError` if the pool has failed, or if it changes so fast that it needs the blocks
+    ///   that the check keeps.
     public func check(progress: (CheckProgress) -> Void = { _ in }) throws(PoolError)
         -> PoolCheckReport
     {
@@ -21,12 +27,12 @@ extension Pool {
             lock.unlock()
             throw failure
         }
-        metadata.pinCommitted()
+        let pin = metadata.pinCommitted()
         let pinned = metadata
         let superblock = committedSuperblock
         let catalogueProblems: [String]
         do throws(MetadataError) { catalogueProblems = try checkCatalogue() } catch {
-            metadata.unpinCommitted()
+            metadata.unpinCommitted(pin)
             lock.unlock()
             throw PoolError(error)
         }
@@ -34,13 +40,30 @@ extension Pool {
         var check = MetadataCheck(
             device: metadataDevice, superblock: superblock,
             dataDeviceBlocks: dataDevice.size / blockSize)
-        let report = check.run(progress: progress)
-        lock.withLock {
-            pinned.unpinCommitted()
-            // Blocks have come back.
-            resume(&spaceWaiters)
+        let report = check.run(
+            progress: progress, stops: { lock.withLock { !pinned.holds(pin) } })
+        let isWhole = lock.withLock {
+            defer {
+                pinned.unpinCommitted(pin)
+                // Blocks have come back.
+                resume(&metadataWaiters)
+            }
+            return pinned.holds(pin)
+        }
+        guard isWhole else {
+            throw PoolError(
+                .changesTooFast,
+                "the pool changes too fast to be checked while it is served: try again when less is "
+                    + "written to it, or stop its server first")
         }
         return PoolCheckReport(metadata: report, catalogue: catalogueProblems)
+    }
+
+    /// Ends checks that keep more metadata blocks than are left to those who write.
+    func breakPinsInNeed() {
+        let free = metadata.metadataBlocksFree
+        let left = free - min(free, metadata.metadataReserve)
+        if metadata.metadataBlocksPinned > left { metadata.breakPins() }
     }
 
     private func checkCatalogue() throws(MetadataError) -> [String] {

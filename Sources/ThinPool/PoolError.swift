@@ -7,7 +7,7 @@ import ThinMetadata
 public struct PoolError: Error, Equatable, CustomStringConvertible, Sendable {
     public enum Kind: String, Sendable, Codable {
         case exists, noSuchVolume, invalidName, invalidSize, invalidDescription, inUse, readOnly
-        case outOfSpace, tooManyVolumes, failed, notAPool, device, metadata
+        case outOfSpace, tooManyVolumes, changesTooFast, failed, notAPool, device, metadata
     }
     public var kind: Kind
     public var message: String

@@ -233,6 +233,7 @@ extension Pool {
 
     private func committed(_ transaction: FrozenTransaction) {
         let freed = metadata.committed(transaction)
+        breakPinsInNeed()
         committedSuperblock.withUnsafeMutableBytes {
             transaction.copySuperblock(to: $0.baseAddress!)
         }

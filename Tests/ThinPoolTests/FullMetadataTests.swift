@@ -138,4 +138,56 @@ import ThinPool
         status = bench.pool.status()
         #expect(status.dataBlocks == UInt64(9 * Self.bitmap) && status.problems.isEmpty)
     }
+
+    // MARK: - The check
+
+    /// A pool with room for some transactions, each of which changes a leaf of each volume.
+    private func changingBench() throws -> (bench: Bench, volumes: [Volume]) {
+        let bench = try Bench(dataBlocks: 1000, metadataBlocks: 160)
+        let volumes = try (0..<20).map { index in
+            try bench.change(.create(name: "v\(index)", size: UInt64(64 * Self.block)))
+            return try bench.volume("v\(index)")
+        }
+        try bench.rest()
+        return (bench, volumes)
+    }
+
+    /// Checks the pool, and meanwhile maps a block of each volume, and commits, so many times.
+    private func check(
+        _ bench: Bench, _ volumes: [Volume], rounds: Int
+    ) throws -> (report: PoolCheckReport?, error: PoolError?, answers: [Int32]) {
+        var answers: [Int32] = []
+        do throws(PoolError) {
+            let report = try bench.pool.check { _ in
+                guard answers.isEmpty else { return }
+                for round in 0..<rounds {
+                    let requests = volumes.map {
+                        bench.send(
+                            .writeZeroes, $0, at: round * Self.block, length: Self.block,
+                            fua: true, noHole: true)
+                    }
+                    try? bench.settle()
+                    answers += requests.map { bench.answer($0) ?? -1 }
+                }
+            }
+            return (report, nil, answers)
+        } catch { return (nil, error, answers) }
+    }
+
+    @Test func aCheckGivesWayToThoseWhoWrite() throws {
+        let (bench, volumes) = try changingBench()
+        let (_, error, answers) = try check(bench, volumes, rounds: 12)
+        #expect(answers.count == 12 * volumes.count && answers.allSatisfy { $0 == 0 })
+        #expect(error?.kind == .changesTooFast)
+        // What it kept is there again, and so is the check.
+        try bench.rest()
+        #expect(try bench.pool.check().isClean)
+    }
+
+    @Test func aCheckKeepsWhatItReads() throws {
+        let (bench, volumes) = try changingBench()
+        let (report, error, answers) = try check(bench, volumes, rounds: 1)
+        #expect(answers.count == volumes.count && answers.allSatisfy { $0 == 0 })
+        #expect(error == nil && report?.isClean == true)
+    }
 }

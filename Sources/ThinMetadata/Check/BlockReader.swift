@@ -18,6 +18,9 @@ extension MetadataCheck {
         private(set) var blocksRead: UInt64 = 0
         /// Called once a request.
         var progress: () -> Void = {}
+        /// Asked once a request: whether nobody wants the rest. Then no block has bytes any more.
+        var stops: () -> Bool = { false }
+        private var isStopped = false
 
         init(device: any BlockDevice, log: FindingLog) {
             self.device = device
@@ -46,6 +49,7 @@ extension MetadataCheck {
                 blocksRead += UInt64(end - start)
                 start = end
                 progress()
+                isStopped = isStopped || stops()
             }
         }
 
@@ -59,6 +63,10 @@ extension MetadataCheck {
         private func readRun(
             _ blocks: [UInt64], _ run: Range<Int>, _ body: (Int, UnsafeRawPointer?) -> Void
         ) {
+            if isStopped {
+                for i in run { body(i, nil) }
+                return
+            }
             let first = blocks[run.lowerBound]
             let span = Int(blocks[run.upperBound - 1] - first) + 1
             if read(first, count: span) == nil {

@@ -32,11 +32,20 @@ public struct MetadataCheck {
     }
 
     /// Checks the pool. Takes time in proportion to the metadata in use.
-    public mutating func run(progress: (CheckProgress) -> Void = { _ in }) -> CheckReport {
+    ///
+    /// - Parameter stops: asked now and then; once it says yes the check ends soon, and its report
+    ///   means nothing.
+    public mutating func run(
+        progress: (CheckProgress) -> Void = { _ in }, stops: () -> Bool = { false }
+    ) -> CheckReport {
         withoutActuallyEscaping(progress) { progress in
-            let examination = Examination(
-                device: device, dataDeviceBlocks: dataDeviceBlocks, progress: progress)
-            return examination.run(superblock)
+            withoutActuallyEscaping(stops) { stops in
+                let examination = Examination(
+                    device: device, dataDeviceBlocks: dataDeviceBlocks, progress: progress)
+                examination.reader.stops = stops
+                defer { examination.reader.stops = { false } }
+                return examination.run(superblock)
+            }
         }
     }
 

@@ -25,6 +25,7 @@ final class MetadataWorld {
 
     /// A committed state that is kept for a reader.
     struct Pin {
+        let pin: CommittedPin
         let superblock: [UInt8]
         let used: Set<UInt64>
     }
@@ -358,8 +359,8 @@ final class MetadataWorld {
 
     private func pinOrUnpin() throws {
         if pins.count < 2, pins.isEmpty || random.oneIn(3) {
-            metadata.pinCommitted()
-            pins.append(Pin(superblock: committedSuperblock, used: used))
+            pins.append(
+                Pin(pin: metadata.pinCommitted(), superblock: committedSuperblock, used: used))
         } else {
             try verifyPins()
         }
@@ -374,7 +375,8 @@ final class MetadataWorld {
                 report.isClean,
                 "the check of a pinned state finds: \(report.findings.map(\.description))")
         }
-        for _ in pins { metadata.unpinCommitted() }
+        if random.oneIn(4) { metadata.breakPins() }
+        for pin in pins { metadata.unpinCommitted(pin.pin) }
         pins = []
     }
 }
