@@ -20,7 +20,7 @@ import Glibc
 /// **Closing.** Closing a descriptor does not end what is outstanding on it. So: `shutdown(2)`
 /// with SHUT_RDWR first; then the outstanding operations complete (a receive with 0 or what was
 /// still in the socket, a send with -EPIPE, an accept with -EINVAL); when the last one has been
-/// delivered, `close(2)`. What waits on an eventfd or signalfd ends by making that readable.
+/// delivered, `close(2)`. What waits on an eventfd ends by making that readable.
 ///
 /// **Releasing** a queue gives up what is outstanding without delivering it. That is safe for
 /// accepts, polls and timeouts only: the kernel might still use the memory of the others.

@@ -1,16 +1,13 @@
-// Sockets, epoll, eventfd and signalfd: what Swift's Glibc does not have of them.
+// Sockets, epoll and eventfd: what Swift's Glibc does not have of them.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #include "CLinux.h"
 #include <errno.h>
 #include <poll.h>
-#include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/signalfd.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 _Static_assert(
     EPOLLIN == POLLIN && EPOLLOUT == POLLOUT && EPOLLERR == POLLERR && EPOLLHUP == POLLHUP,
@@ -47,20 +44,4 @@ void clinux_event_signal(int fd) {
 void clinux_event_clear(int fd) {
     eventfd_t value;
     eventfd_read(fd, &value);
-}
-
-int clinux_signal_create(const int32_t *signals, int count) {
-    sigset_t set;
-    sigemptyset(&set);
-    for (int i = 0; i < count; i++) sigaddset(&set, signals[i]);
-    int result = pthread_sigmask(SIG_BLOCK, &set, NULL);
-    if (result != 0) return -result;
-    return or_error(signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
-}
-
-int clinux_signal_take(int fd) {
-    struct signalfd_siginfo information;
-    ssize_t count = read(fd, &information, sizeof information);
-    if (count < 0) return -errno;
-    return count == sizeof information ? (int)information.ssi_signo : -EIO;
 }

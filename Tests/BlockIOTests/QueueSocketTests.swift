@@ -236,20 +236,4 @@ import Testing
             event.clear()
         }
     }
-
-    @Test(arguments: QueueKind.available)
-    func signalsAreDelivered(_ kind: QueueKind) throws {
-        var before = sigset_t()
-        pthread_sigmask(SIG_BLOCK, nil, &before)
-        defer { pthread_sigmask(SIG_SETMASK, &before, nil) }
-        let signals = try SignalEvent([SIGUSR1, SIGWINCH])
-        let harness = try Harness(kind)
-        #expect(signals.take() == nil)
-        harness.queue.poll(signals.fileDescriptor, tag: 1)
-        try harness.queue.run(wait: false) { tag, _ in Issue.record("\(tag) without a signal") }
-        pthread_kill(pthread_self(), SIGUSR1)
-        try harness.wait(1)
-        #expect(signals.take() == SIGUSR1)
-        #expect(signals.take() == nil)
-    }
 }

@@ -63,7 +63,7 @@ int clinux_block_discard(int fd, uint64_t offset, uint64_t length);
 /// BLKZEROOUT: reads as zeroes afterwards, space is kept; the kernel writes where it must.
 int clinux_block_zero(int fd, uint64_t offset, uint64_t length);
 
-// MARK: - Sockets, epoll, eventfd, signalfd
+// MARK: - Sockets, epoll, eventfd
 
 /// accept4, the new descriptor closed on exec.
 int clinux_accept(int fd);
@@ -85,12 +85,6 @@ int clinux_epoll_wait(int epoll, struct clinux_event *events, int milliseconds);
 int clinux_event_create(void);
 void clinux_event_signal(int fd);
 void clinux_event_clear(int fd);
-
-/// Blocks the signals in the calling thread (threads it starts inherit that) and gives a
-/// descriptor that is readable when one has come.
-int clinux_signal_create(const int32_t *signals, int count);
-/// The number of a signal that has come, -EAGAIN if none has.
-int clinux_signal_take(int fd);
 
 // MARK: - Process
 
