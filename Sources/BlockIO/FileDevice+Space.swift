@@ -1,4 +1,5 @@
-// The space behind a file device: giving it back, zeroing it, making files and making them longer.
+// The space behind a file device: giving it back, zeroing it, taking it beforehand, making files and
+// making them longer.
 
 import CLinux
 import Glibc
@@ -11,6 +12,8 @@ public enum AllocateMode {
     /// Keeps the space; reads as zeroes afterwards. -EOPNOTSUPP on file systems without it: then
     /// zeroes must be written.
     public static let zeroRange = Int32(CLINUX_ZERO_RANGE) | Int32(CLINUX_KEEP_SIZE)
+    /// Gives space to holes; what there is stays.
+    static let reserve = Int32(CLINUX_KEEP_SIZE)
 }
 
 extension FileDevice {
@@ -58,8 +61,21 @@ extension FileDevice {
         try writeZeroes(offset, length)
     }
 
-    /// Makes a regular file longer, durably; what is new is a hole.
-    public func grow(to newSize: UInt64) throws(DeviceError) {
+    /// Takes the space of a regular file's holes now, so that no write into them finds the file system
+    /// full. Where the file system cannot do that, nothing happens.
+    public func reserve() throws(DeviceError) {
+        guard !isBlockDevice else { return }
+        try checkWritable("reserve the space of")
+        let size = self.size
+        let code = Self.reserve(fileDescriptor, size)
+        guard code == 0 else {
+            throw failure("reserve the space of", nil, code, Self.reason(code, size))
+        }
+    }
+
+    /// Makes a regular file longer, durably; what is new is a hole, unless `reserving`: then the whole
+    /// file has its space, or an error leaves it as long as it was.
+    public func grow(to newSize: UInt64, reserving: Bool = false) throws(DeviceError) {
         try checkWritable("grow")
         guard !isBlockDevice else {
             throw failure(
@@ -76,15 +92,22 @@ extension FileDevice {
                 "grow", nil, EINVAL, "\(newSize) bytes are not a multiple of \(sectorSize)")
         }
         guard let length = off_t(exactly: newSize) else { throw failure("grow", nil, EFBIG) }
-        guard ftruncate(fileDescriptor, length) == 0, fsync(fileDescriptor) == 0 else {
-            throw failure("grow", nil, errno)
+        guard ftruncate(fileDescriptor, length) == 0 else { throw failure("grow", nil, errno) }
+        let code = reserving ? Self.reserve(fileDescriptor, newSize) : 0
+        guard code == 0 else {
+            _ = ftruncate(fileDescriptor, off_t(size))
+            throw failure("grow", nil, code, Self.reason(code, newSize))
         }
+        guard fsync(fileDescriptor) == 0 else { throw failure("grow", nil, errno) }
         knownSize.store(newSize, ordering: .relaxed)
     }
 
-    /// Makes a new sparse file of `size` bytes that survives a power cut once this returns.
-    /// Only its owner may read it. Fails, and leaves nothing behind, if the path is taken.
-    public static func create(path: String, size: UInt64) throws(DeviceError) {
+    /// Makes a new file of `size` bytes that survives a power cut once this returns: sparse, unless
+    /// `reserving`, then it has its space where the file system can give it beforehand.
+    /// Only its owner may read it. A failure leaves nothing behind; that the path is taken is one.
+    public static func create(
+        path: String, size: UInt64, reserving: Bool = false
+    ) throws(DeviceError) {
         guard let length = off_t(exactly: size) else {
             throw SystemError.opening(path, EFBIG, for: "create")
         }
@@ -94,12 +117,18 @@ extension FileDevice {
             throw SystemError.opening(path, code, for: "create")
         }
         let descriptor = OwnedDescriptor(raw)
-        guard ftruncate(descriptor.raw, length) == 0, fsync(descriptor.raw) == 0 else {
-            let code = errno
-            unlink(path)
-            throw SystemError.opening(path, code, for: "create")
-        }
         do throws(DeviceError) {
+            guard ftruncate(descriptor.raw, length) == 0 else {
+                throw SystemError.opening(path, errno, for: "create")
+            }
+            let code = reserving ? reserve(descriptor.raw, size) : 0
+            guard code == 0 else {
+                throw DeviceError(
+                    operation: "create", path: path, code: code, reason: reason(code, size))
+            }
+            guard fsync(descriptor.raw) == 0 else {
+                throw SystemError.opening(path, errno, for: "create")
+            }
             try syncDirectory(of: path)
         } catch {
             unlink(path)
@@ -107,7 +136,19 @@ extension FileDevice {
         }
     }
 
+    /// Why there is no space for a file.
+    private static func reason(_ code: Int32, _ size: UInt64) -> String {
+        code == ENOSPC || code == EDQUOT
+            ? "its file system has no room for all of its \(size) bytes; make room there"
+            : SystemError.words(code)
+    }
+
     // MARK: - Parts; each gives an errno, or 0
+
+    private static func reserve(_ descriptor: Int32, _ size: UInt64) -> Int32 {
+        let code = -clinux_allocate(descriptor, AllocateMode.reserve, 0, size)
+        return code == EOPNOTSUPP || code == ENOSYS ? 0 : code
+    }
 
     private func discardSectors(_ offset: UInt64, _ length: UInt64) -> Int32 {
         let sector = UInt64(sectorSize)

@@ -20,6 +20,8 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
     public let pool: Pool
     private let thread: PoolThread?
     private let purpose: Purpose
+    /// Why the metadata may run out of space before it is full; nil: it cannot.
+    let shortage: String?
 
     /// Milliseconds between two signs of life while a change takes its time.
     private static let pulse = 1000
@@ -38,6 +40,7 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
             metadata = try FileDevice(path: directory.metadataPath, access: access)
             data = try FileDevice(path: directory.dataPath, access: access)
         } catch { throw ControlError(error) }
+        shortage = options.readOnly ? nil : Self.reserve(metadata)
         do throws(PoolError) {
             pool = try Pool(metadata: metadata, data: data, options: options)
         } catch {
@@ -51,6 +54,15 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
         }
         thread = PoolThread(pool: pool, metadata: metadata, data: data, allowRing: allowRing)
         thread?.start()
+    }
+
+    /// Pools from before metadata files had their space from the start get it now. That there is none
+    /// is no reason to refuse the pool: deleting and discarding may be what makes room.
+    private static func reserve(_ metadata: FileDevice) -> String? {
+        do throws(DeviceError) { try metadata.reserve() } catch {
+            return "a commit may find no space, and the pool fails then: \(error)"
+        }
+        return nil
     }
 
     /// Commits, and ends the thread. The pool is of no use afterwards.
@@ -70,6 +82,7 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
 
     public func status() throws(ControlError) -> PoolStatus {
         var status = pool.status()
+        if let shortage { status.problems.append(shortage) }
         if purpose == .inspect && status.mode == .readOnly {
             // Only this look at it is; what the next server will say is asked for.
             status.mode = status.needsCheck ? .readOnly : .writable

@@ -5,6 +5,8 @@
 //    exclusively before anything happens.
 // 2. A failure takes back what was made. The superblock is written last, the names of given devices
 //    after it: a power cut leaves no pool, half of one (which `locate` says), or a whole one.
+// 3. A metadata file has its space from the start: a commit that finds the file system full loses
+//    what was acknowledged. Only the data file is sparse.
 
 import BlockIO
 import Glibc
@@ -12,7 +14,7 @@ import ThinMetadata
 
 /// What a new pool is to be.
 public struct PoolPlan: Sendable {
-    /// An existing block device or file; nil: a sparse file in the directory.
+    /// An existing block device or file; nil: a file in the directory.
     public var metadata: String?
     public var data: String?
     /// Bytes of the data file; nil where `data` says which device.
@@ -130,8 +132,11 @@ extension PoolDirectory {
         if let givenData {
             try plan.validateData(size: givenData.size, givenData.path)
         }
-        if let givenMetadata, !plan.force {
-            try Self.requireBlank(givenMetadata)
+        if let givenMetadata {
+            if !plan.force { try Self.requireBlank(givenMetadata) }
+            do throws(DeviceError) { try givenMetadata.reserve() } catch {
+                throw ControlError(error)
+            }
         }
         try makeDirectory(&undo)
 
@@ -140,7 +145,7 @@ extension PoolDirectory {
             dataSize = givenData.size
         } else {
             dataSize = plan.dataSize!
-            try Self.makeFile(dataPath, dataSize, &undo)
+            try Self.makeFile(dataPath, dataSize, reserving: false, &undo)
         }
         let metadata: FileDevice
         if let givenMetadata {
@@ -149,7 +154,7 @@ extension PoolDirectory {
             let size =
                 plan.metadataSize
                 ?? PoolPlan.defaultMetadataSize(dataSize: dataSize, blockSize: plan.blockSize)
-            try Self.makeFile(metadataPath, size, &undo)
+            try Self.makeFile(metadataPath, size, reserving: true, &undo)
             metadata = try Self.open(metadataPath)
         }
         do throws(MetadataError) {
@@ -224,11 +229,17 @@ extension PoolDirectory {
         }
     }
 
-    private static func makeFile(_ path: String, _ size: UInt64, _ undo: inout Undo)
-        throws(ControlError)
-    {
-        do throws(DeviceError) { try FileDevice.create(path: path, size: size) } catch {
-            throw ControlError(error)
+    private static func makeFile(
+        _ path: String, _ size: UInt64, reserving: Bool, _ undo: inout Undo
+    ) throws(ControlError) {
+        do throws(DeviceError) {
+            try FileDevice.create(path: path, size: size, reserving: reserving)
+        } catch {
+            var failure = ControlError(error)
+            if reserving && error.code == ENOSPC {
+                failure.message += ", or choose a smaller --metadata-size"
+            }
+            throw failure
         }
         undo.removeFile(path)
     }

@@ -1,5 +1,5 @@
-// A pool on disk: a directory that names two devices, `metadata` and `data`, each a sparse file or
-// a symbolic link to a block device or file. Beside them, while a server runs, its sockets.
+// A pool on disk: a directory that names two devices, `metadata` and `data`, each a file (data:
+// sparse) or a symbolic link to a block device or file. Beside them, while a server runs, its sockets.
 // Nothing else of a pool is outside of its devices.
 
 import BlockIO

@@ -25,8 +25,8 @@ public enum PoolGrowth {
             if let metadataSize { try require(metadata, canGrowTo: metadataSize, unit: 4096) }
             if let dataSize { try require(data, canGrowTo: dataSize, unit: 512) }
             if let dataSize { try require(metadata, asOf: metadataSize, hasRoomFor: dataSize) }
-            if let metadataSize { try extend(metadata, to: metadataSize) }
-            if let dataSize { try extend(data, to: dataSize) }
+            if let metadataSize { try extend(metadata, to: metadataSize, reserving: true) }
+            if let dataSize { try extend(data, to: dataSize, reserving: false) }
         } catch {
             throw error.kind == .busy ? PoolAccess.busy(directory, error) : error
         }
@@ -86,7 +86,11 @@ public enum PoolGrowth {
     }
     private static let trialCacheBlocks = 256
 
-    private static func extend(_ device: FileDevice, to size: UInt64) throws(ControlError) {
-        do throws(DeviceError) { try device.grow(to: size) } catch { throw ControlError(error) }
+    private static func extend(
+        _ device: FileDevice, to size: UInt64, reserving: Bool
+    ) throws(ControlError) {
+        do throws(DeviceError) { try device.grow(to: size, reserving: reserving) } catch {
+            throw ControlError(error)
+        }
     }
 }

@@ -229,6 +229,7 @@ public final class PoolServer {
             """)
         if let reason = status.reason { logger.warning("the pool is read-only: \(reason)") }
         for problem in status.problems { logger.warning("\(problem)") }
+        if let shortage = local.shortage { logger.warning("\(shortage)") }
     }
 }
 

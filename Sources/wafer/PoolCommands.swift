@@ -8,8 +8,8 @@ struct PoolCreate: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "create", abstract: "Make a pool: a directory that names two devices.",
         discussion: """
-            Without --metadata and --data the devices are sparse files in the directory; then \
-            --data-size says how large the pool is to be.
+            Without --metadata and --data the devices are files in the directory; then --data-size says \
+            how large the pool is to be. The data file is sparse, the metadata file is not.
             """)
 
     @OptionGroup var pool: PoolArgument

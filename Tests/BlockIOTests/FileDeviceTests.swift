@@ -93,6 +93,43 @@ import Testing
         #expect(nowhere?.code == ENOENT)
     }
 
+    @Test func reservedFilesHaveTheirSpace() throws {
+        let scratch = Scratch()
+        let path = scratch.path("device")
+        try FileDevice.create(path: path, size: 1 << 20, reserving: true)
+        #expect(allocatedBytes(path) >= 1 << 20)
+        let device = try FileDevice(path: path, access: .readWrite)
+        try expectZero(0..<1 << 20, in: device)
+        try device.grow(to: 2 << 20, reserving: true)
+        #expect(allocatedBytes(path) >= 2 << 20)
+        // No file system has room for that: the file is as it was.
+        let growing = deviceError { () throws(DeviceError) in
+            try device.grow(to: 1 << 42, reserving: true)
+        }
+        #expect(growing != nil && device.size == 2 << 20)
+        let creating = deviceError { () throws(DeviceError) in
+            try FileDevice.create(path: scratch.path("large"), size: 1 << 42, reserving: true)
+        }
+        #expect(creating != nil)
+        #expect(access(scratch.path("large"), F_OK) != 0)
+    }
+
+    @Test func reservingFillsHolesOnly() throws {
+        let scratch = Scratch()
+        let path = try scratch.file(size: 4 << 20)
+        let device = try FileDevice(path: path, access: .readWrite)
+        let bytes = AlignedBuffer(count: 4096)
+        memset(bytes.pointer, 7, bytes.count)
+        try device.write(at: 1 << 20, from: UnsafeRawBufferPointer(bytes.bytes))
+        #expect(allocatedBytes(path) < 1 << 20)
+        try device.reserve()
+        #expect(allocatedBytes(path) >= 4 << 20)
+        #expect(device.size == 4 << 20)
+        memset(bytes.pointer, 0, bytes.count)
+        try device.read(at: 1 << 20, into: bytes.bytes)
+        #expect(isAll(7, bytes.bytes, 0..<bytes.count))
+    }
+
     @Test func symbolicLinksAreFollowed() throws {
         let scratch = Scratch()
         let target = try scratch.file(size: 8192)

@@ -41,16 +41,18 @@ final class TestPool: Sendable {
     let path: String
     let blockSize: UInt64
 
+    /// `path`: where it is to be, if not in its own directory.
     init(
+        at path: String? = nil,
         data: UInt64 = 256 * mebibyte, metadata: UInt64 = 4 * mebibyte,
         blockSize: UInt64 = 64 * kibibyte, inMemory: Bool = false,
         volumes: [(String, UInt64)] = []
     ) throws {
         scratch = try inMemory ? Scratch(in: "/dev/shm") : Scratch()
-        path = scratch.file("pool")
+        self.path = path ?? scratch.file("pool")
         self.blockSize = blockSize
         try must(
-            "pool", "create", path, "--data-size", "\(data)", "--metadata-size", "\(metadata)",
+            "pool", "create", self.path, "--data-size", "\(data)", "--metadata-size", "\(metadata)",
             "--block-size", "\(blockSize)")
         for (name, size) in volumes { try create(name, size) }
     }

@@ -1,0 +1,91 @@
+// Pools on storage that is full.
+
+import Foundation
+import Testing
+
+@Suite(.serialized, .enabled(if: geteuid() == 0, "mounts take root"))
+struct StorageTests {
+    private static let block = 64 * kibibyte
+
+    /// What was acknowledged stays: the metadata has its space.
+    @Test(arguments: Engine.allCases) func fullFileSystem(engine: Engine) throws {
+        let system = try SmallFileSystem(size: 24 * mebibyte)
+        defer { withExtendedLifetime(system) {} }
+        let pool = try TestPool(
+            at: system.file("pool"), data: 64 * mebibyte, volumes: [("vol", 64 * mebibyte)])
+        var written: UInt64 = 0
+        do {
+            let server = try Server(pool, engine: engine)
+            let client = try Client(server, "vol")
+            var error: Int32 = 0
+            while error == 0 {
+                let place = written * Self.block
+                error = try code { try client.write(place, pattern(1, place, Int(Self.block))) }
+                if error == 0 { written += 1 }
+            }
+            #expect(error == ENOSPC && written > 200, "\(written) blocks")
+            try client.flush()
+            #expect(try pool.status().mode == "writable")
+            server.kill()
+        }
+        let server = try Server(pool, engine: engine)
+        let client = try Client(server, "vol")
+        for place in stride(from: 0, to: written * Self.block, by: Int(Self.block)) {
+            let bytes = try client.read(place, Int(Self.block))
+            #expect(same(bytes, pattern(1, place, Int(Self.block))), "byte \(place)")
+        }
+        try client.disconnect()
+        try server.stop()
+        try pool.expectClean()
+    }
+
+    @Test func fileSystemWithoutRoomForAPool() throws {
+        let system = try SmallFileSystem(size: 2 * mebibyte)
+        defer { withExtendedLifetime(system) {} }
+        let scratch = try Scratch()
+        let outcome = try Program.run(
+            Program.wafer,
+            [
+                "pool", "create", system.file("pool"), "--data-size", "64MiB",
+                "--metadata-size", "4MiB",
+            ], in: scratch)
+        #expect(outcome.status == 1, "\(outcome)")
+        #expect(outcome.error.contains("no room"), "\(outcome)")
+        #expect(outcome.error.contains("--metadata-size"), "\(outcome)")
+        #expect(outcome.error.split(separator: "\n").count == 1, "\(outcome)")
+        #expect(try FileManager.default.contentsOfDirectory(atPath: system.path).isEmpty)
+    }
+
+    /// A pool whose metadata was copied, or made, as a sparse file.
+    @Test func sparseMetadataGetsItsSpace() throws {
+        let system = try SmallFileSystem(size: 8 * mebibyte)
+        defer { withExtendedLifetime(system) {} }
+        let pool = try TestPool(at: system.file("pool"), data: 64 * mebibyte)
+        let file = pool.path + "/metadata"
+        func space() throws -> UInt64 {
+            var status = stat()
+            guard stat(file, &status) == 0 else { throw Failure("stat: \(errno)") }
+            return UInt64(status.st_blocks) * 512
+        }
+        func copySparsely() throws {
+            let outcome = try Program.run(
+                "cp", ["--sparse=always", file, file + "-copy"], in: pool.scratch)
+            #expect(outcome.status == 0, "\(outcome)")
+            #expect(rename(file + "-copy", file) == 0)
+            #expect(try space() < mebibyte)
+        }
+        try copySparsely()
+        try pool.create("vol", mebibyte)
+        #expect(try space() >= 4 * mebibyte)
+        #expect(try pool.status().problems == [])
+
+        // No room: it is said, and served all the same, since deleting may be what makes room.
+        try copySparsely()
+        try system.fill()
+        let server = try Server(pool)
+        let problems = try pool.status().problems
+        #expect(problems.count == 1 && problems[0].contains("no room"), "\(problems)")
+        #expect(server.program.error.contains("no room"))
+        try server.stop()
+    }
+}
