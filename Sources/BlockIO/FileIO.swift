@@ -26,11 +26,9 @@ public enum FileIO {
 
     /// In one call if the kernel takes everything, then vector by vector.
     public static func write(
-        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int,
-        durable: Bool = false
+        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int
     ) -> Int32 {
-        let flags = durable ? Int32(CLINUX_RWF_DSYNC) : 0
-        var done = clinux_write_vectors(fd, vectors, Int32(count), offset, flags)
+        var done = clinux_write_vectors(fd, vectors, Int32(count), offset)
         if done < 0 { return Int32(done) }
         var before = 0
         for index in 0..<count {
@@ -38,7 +36,7 @@ public enum FileIO {
             while done < end {
                 var rest = iovec(
                     iov_base: vectors[index].iov_base + (done - before), iov_len: end - done)
-                let result = clinux_write_vectors(fd, &rest, 1, offset &+ UInt64(done), flags)
+                let result = clinux_write_vectors(fd, &rest, 1, offset &+ UInt64(done))
                 if result <= 0 { return done > 0 ? Int32(clamping: done) : Int32(result) }
                 done += result
             }

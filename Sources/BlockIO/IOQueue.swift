@@ -34,11 +34,10 @@ public protocol IOQueue: AnyObject {
     func read(
         _ fd: Int32, at offset: UInt64, into memory: UnsafeMutableRawPointer, length: Int,
         tag: UInt64)
-    /// Writes a file or block device, at most 1024 vectors. `durable`: survives a power cut when
-    /// complete (RWF_DSYNC). Result: bytes; fewer than given only if the rest did not fit.
+    /// Writes a file or block device, at most 1024 vectors. Result: bytes; fewer than given only if
+    /// the rest did not fit.
     func write(
-        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool,
-        tag: UInt64)
+        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, tag: UInt64)
     /// fdatasync. Covers the writes delivered before it was started, no others.
     func flush(_ fd: Int32, tag: UInt64)
     /// fallocate with one of `AllocateMode`.

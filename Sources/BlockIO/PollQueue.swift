@@ -20,8 +20,6 @@ public final class PollQueue: IOQueue {
     private var completed = CompletionList(capacity: 256)
     private var waiting = WaitingOperations()
     private var deadlines = DeadlineHeap()
-    /// The file systems here do not take RWF_DSYNC: write, then fdatasync.
-    private var lacksDurableWrite = false
 
     public init() throws(DeviceError) {
         let raw = clinux_epoll_create()
@@ -52,26 +50,10 @@ public final class PollQueue: IOQueue {
     }
 
     public func write(
-        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool,
-        tag: UInt64
+        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, tag: UInt64
     ) {
         outstanding += 1
-        let isDurable = durable && !lacksDurableWrite
-        var result = FileIO.write(
-            fd, at: offset, vectors: vectors, count: count, durable: isDurable)
-        if isDurable && result < 0 && Self.isUnsupported(-result) {
-            lacksDurableWrite = true
-            result = FileIO.write(fd, at: offset, vectors: vectors, count: count)
-        }
-        if durable && lacksDurableWrite && result > 0 {
-            let flushed = FileIO.flush(fd)
-            if flushed < 0 { result = flushed }
-        }
-        complete(tag, result)
-    }
-
-    private static func isUnsupported(_ code: Int32) -> Bool {
-        code == EOPNOTSUPP || code == ENOSYS
+        complete(tag, FileIO.write(fd, at: offset, vectors: vectors, count: count))
     }
 
     public func flush(_ fd: Int32, tag: UInt64) {

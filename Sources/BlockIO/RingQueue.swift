@@ -75,12 +75,10 @@ public final class RingQueue: IOQueue {
     }
 
     public func write(
-        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, durable: Bool,
-        tag: UInt64
+        _ fd: Int32, at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, tag: UInt64
     ) {
         outstanding += 1
-        let flags = durable ? Int32(CLINUX_RWF_DSYNC) : 0
-        while !clinux_ring_write(ring, fd, vectors, count, offset, flags, tag), makeRoom() {}
+        while !clinux_ring_write(ring, fd, vectors, count, offset, tag), makeRoom() {}
     }
 
     public func flush(_ fd: Int32, tag: UInt64) {

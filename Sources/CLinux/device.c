@@ -20,7 +20,7 @@
 
 _Static_assert(
     CLINUX_KEEP_SIZE == FALLOC_FL_KEEP_SIZE && CLINUX_PUNCH_HOLE == FALLOC_FL_PUNCH_HOLE
-        && CLINUX_ZERO_RANGE == FALLOC_FL_ZERO_RANGE && CLINUX_RWF_DSYNC == RWF_DSYNC
+        && CLINUX_ZERO_RANGE == FALLOC_FL_ZERO_RANGE
         && CLINUX_SEEK_DATA == SEEK_DATA,
     "constants that Swift sees");
 
@@ -70,10 +70,9 @@ int clinux_allocate(int fd, int mode, uint64_t offset, uint64_t length) {
     return 0;
 }
 
-ptrdiff_t clinux_write_vectors(
-    int fd, const void *vectors, int count, uint64_t offset, int flags) {
+ptrdiff_t clinux_write_vectors(int fd, const void *vectors, int count, uint64_t offset) {
     ssize_t result;
-    do result = pwritev2(fd, vectors, count, (off_t)offset, flags);
+    do result = pwritev(fd, vectors, count, (off_t)offset);
     while (result < 0 && errno == EINTR);
     return result < 0 ? -errno : result;
 }

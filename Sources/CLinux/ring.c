@@ -116,7 +116,7 @@ bool clinux_ring_read(
 
 bool clinux_ring_write(
     struct clinux_ring *ring, int fd, const void *vectors, size_t count, uint64_t offset,
-    int flags, uint64_t tag) {
+    uint64_t tag) {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
     if (!sqe) return false;
     const struct iovec *list = vectors;
@@ -125,7 +125,6 @@ bool clinux_ring_write(
         io_uring_prep_write(sqe, fd, list->iov_base, (unsigned)list->iov_len, offset);
     else
         io_uring_prep_writev(sqe, fd, list, (unsigned)count, offset);
-    sqe->rw_flags = flags;
     sqe->user_data = tag;
     return true;
 }

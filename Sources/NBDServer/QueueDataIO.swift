@@ -60,16 +60,12 @@ final class QueueDataIO: DataIO {
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
-        tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, tag: UInt64
     ) -> Int32? {
-        // Nothing in memory survives a power cut, so nothing can be made to.
         if let memory {
             return memory.write(at: offset, vectors: vectors, count: count, isNew: isNew)
         }
-        queue.write(
-            fd, at: offset, vectors: vectors, count: count, durable: durable,
-            tag: tag | Tag.engineBit)
+        queue.write(fd, at: offset, vectors: vectors, count: count, tag: tag | Tag.engineBit)
         return nil
     }
 
@@ -150,7 +146,7 @@ final class QueueDataIO: DataIO {
         let offset = MemoryLayout<Zeroing>.offset(of: \.vector)!
         let vector = (UnsafeRawPointer(zeroing) + offset).assumingMemoryBound(to: iovec.self)
         queue.write(
-            fd, at: zeroing.pointee.offset, vectors: vector, count: 1, durable: false,
+            fd, at: zeroing.pointee.offset, vectors: vector, count: 1,
             tag: zeroTag(index))
     }
 }

@@ -11,10 +11,9 @@ import Glibc
 public protocol DataIO: AnyObject {
     func read(at offset: UInt64, into: UnsafeMutableRawPointer, length: Int, tag: UInt64) -> Int32?
     /// `isNew`: the first write to the range, or to much of it, since its block was taken into use.
-    /// `durable`: on stable storage when it completes (FUA).
+    /// On stable storage after the next flush, not before.
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
-        tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, tag: UInt64
     ) -> Int32?
     /// The result is 0.
     func flush(tag: UInt64) -> Int32?

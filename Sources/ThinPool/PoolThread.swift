@@ -166,7 +166,7 @@ public final class PoolThread: @unchecked Sendable {
                     iov_len: run.count * Layout.blockSize)
                 queue.write(
                     metadata.fileDescriptor, at: run.offset, vectors: vectors + number, count: 1,
-                    durable: false, tag: UInt64(io.count + number))
+                    tag: UInt64(io.count + number))
             }
             outstanding += runs.count
             // The buffer is used again only when every write of the batch is done.

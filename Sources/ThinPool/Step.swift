@@ -7,8 +7,6 @@ struct Request: BitwiseCopyable {
     var operation = VolumeOperation.read
     var fua = false
     var noHole = false
-    /// It changed bytes by other means than a durable write, so its FUA needs a flush.
-    var needsFlush = false
     var volume: Unmanaged<Volume>?
     /// Bytes: what has not been given to a step yet is `cursor..<end`.
     var offset: UInt64 = 0

@@ -325,7 +325,6 @@ public final class VolumeIO: @unchecked Sendable {
     /// no hole. The volume's last block counts as whole when the request reaches the volume's end.
     private func advanceZeroes(_ index: Int32) {
         let request = requests[index]
-        request.pointee.needsFlush = true
         let volume = request.pointee.volume!.takeUnretainedValue()
         let end = request.pointee.end
         while request.pointee.cursor < end, request.pointee.pending < window {
@@ -345,7 +344,6 @@ public final class VolumeIO: @unchecked Sendable {
 
     private func trim(_ index: Int32) {
         let request = requests[index]
-        request.pointee.needsFlush = true
         request.pointee.cursor = request.pointee.end
         let volume = request.pointee.volume!.takeUnretainedValue()
         if let whole = wholeBlocks(
@@ -486,14 +484,13 @@ public final class VolumeIO: @unchecked Sendable {
                 at: step.pointee.position, into: step.pointee.vectors.0.iov_base!,
                 length: step.pointee.remaining, tag: tag)
         case .transfer, .copyWrite, .fill:
-            let isNew = step.pointee.phase != .transfer
-            let fua = !isNew && requests[step.pointee.request].pointee.fua
             let vectors =
                 (UnsafeMutableRawPointer(step) + MemoryLayout<Step>.offset(of: \Step.vectors)!)
                 .assumingMemoryBound(to: iovec.self)
             result = io.write(
                 at: step.pointee.position, vectors: vectors,
-                count: Int(step.pointee.vectorCount), isNew: isNew, durable: fua, tag: tag)
+                count: Int(step.pointee.vectorCount), isNew: step.pointee.phase != .transfer,
+                tag: tag)
         case .hole:
             let piece = min(step.pointee.remaining, bounds.piece)
             memset(step.pointee.vectors.0.iov_base!, 0, piece)
@@ -608,23 +605,19 @@ public final class VolumeIO: @unchecked Sendable {
     private func makeDurable(_ index: Int32) {
         let request = requests[index]
         if request.pointee.error != 0 { return finish(index) }
-        let isFlush: Bool
         switch request.pointee.operation {
-        case .flush: isFlush = true
+        case .flush: break
         case .read, .cache, .extents: return finish(index)
         case .write, .trim, .writeZeroes:
             guard request.pointee.fua else { return finish(index) }
-            isFlush = false
         }
         let volume = request.pointee.volume!.takeUnretainedValue()
         if volume.changedIn.load(ordering: .acquiring)
             > pool.durableSequence.load(ordering: .acquiring) || volume.openGate == nil
         {
             committing.append(index)
-        } else if isFlush || request.pointee.needsFlush {
-            flushNext.append(index)
         } else {
-            finish(index)
+            flushNext.append(index)
         }
     }
 
@@ -638,12 +631,8 @@ public final class VolumeIO: @unchecked Sendable {
             > pool.durableSequence.load(ordering: .relaxed)
         {
             pool.waitForCommit(.request(engine: self.index, request: index))
-        } else if requests[index].pointee.operation == .flush
-            || requests[index].pointee.needsFlush
-        {
-            flushNext.append(index)
         } else {
-            finish(index)
+            flushNext.append(index)
         }
     }
 

@@ -128,7 +128,7 @@ struct LoopDeviceTests {
         var vector = iovec(iov_base: bytes.pointer, iov_len: 4096)
         try withUnsafePointer(to: &vector) { vectors in
             harness.queue.write(
-                device.fileDescriptor, at: 512, vectors: vectors, count: 1, durable: true, tag: 1)
+                device.fileDescriptor, at: 512, vectors: vectors, count: 1, tag: 1)
             try harness.wait(1)
         }
         harness.queue.read(

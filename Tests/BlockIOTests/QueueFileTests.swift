@@ -21,9 +21,9 @@ import Testing
         vectors[0] = iovec(iov_base: source.pointer, iov_len: Self.page)
         vectors[1] = iovec(iov_base: source.pointer + Self.page, iov_len: 2 * Self.page)
         let fd = device.fileDescriptor
-        harness.queue.write(fd, at: 512, vectors: vectors, count: 2, durable: false, tag: 1)
-        harness.queue.write(fd, at: 65536, vectors: vectors, count: 2, durable: true, tag: 2)
-        harness.queue.write(fd, at: 131072, vectors: vectors, count: 1, durable: true, tag: 3)
+        harness.queue.write(fd, at: 512, vectors: vectors, count: 2, tag: 1)
+        harness.queue.write(fd, at: 65536, vectors: vectors, count: 2, tag: 2)
+        harness.queue.write(fd, at: 131072, vectors: vectors, count: 1, tag: 3)
         try harness.wait(1, 2, 3)
         #expect(harness.results == [1: 12288, 2: 12288, 3: 4096])
         harness.queue.flush(fd, tag: 4)
@@ -64,7 +64,7 @@ import Testing
         var vector = iovec(iov_base: buffer.pointer, iov_len: 512)
         try withUnsafePointer(to: &vector) { vectors in
             harness.queue.write(
-                device.fileDescriptor, at: 0, vectors: vectors, count: 1, durable: false, tag: 1)
+                device.fileDescriptor, at: 0, vectors: vectors, count: 1, tag: 1)
             harness.queue.read(-1, at: 0, into: buffer.pointer, length: 512, tag: 2)
             harness.queue.flush(-1, tag: 3)
             harness.queue.receive(-1, into: buffer.pointer, length: 512, tag: 4)

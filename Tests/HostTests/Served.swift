@@ -41,9 +41,9 @@ final class TestPool: Sendable {
     let path: String
     let blockSize: UInt64
 
-    /// `path`: where it is to be, if not in its own directory.
+    /// `path`: where it is to be, if not in its own directory. `device`: what its data is to be on.
     init(
-        at path: String? = nil,
+        at path: String? = nil, on device: String? = nil,
         data: UInt64 = 256 * mebibyte, metadata: UInt64 = 4 * mebibyte,
         blockSize: UInt64 = 64 * kibibyte, inMemory: Bool = false,
         volumes: [(String, UInt64)] = []
@@ -52,8 +52,8 @@ final class TestPool: Sendable {
         self.path = path ?? scratch.file("pool")
         self.blockSize = blockSize
         try must(
-            "pool", "create", self.path, "--data-size", "\(data)", "--metadata-size", "\(metadata)",
-            "--block-size", "\(blockSize)")
+            "pool", "create", self.path, device == nil ? "--data-size" : "--data",
+            device ?? "\(data)", "--metadata-size", "\(metadata)", "--block-size", "\(blockSize)")
         for (name, size) in volumes { try create(name, size) }
     }
 

@@ -1,11 +1,47 @@
-// Pools on storage that is full.
+// Pools on storage that is full, or fails late.
 
 import Foundation
 import Testing
 
-@Suite(.serialized, .enabled(if: geteuid() == 0, "mounts take root"))
+@Suite(.serialized, .enabled(if: geteuid() == 0, "mounts and loop devices take root"))
 struct StorageTests {
     private static let block = 64 * kibibyte
+
+    /// A write is acknowledged, and the kernel cannot bring it to the disk later. It tells so once,
+    /// to whoever asks next.
+    @Test(arguments: Engine.allCases, [false, true])
+    func writebackThatFailed(engine: Engine, fuaFirst: Bool) throws {
+        let system = try SmallFileSystem(size: 40 * mebibyte)
+        let disk = try LoopDevice(over: system.file("disk"), size: 24 * mebibyte, sector: 4096)
+        defer { withExtendedLifetime((system, disk)) {} }
+        let pool = try TestPool(on: disk.path, volumes: [("vol", mebibyte)])
+        let server = try Server(pool, engine: engine)
+        let client = try Client(server, "vol")
+        let first = pattern(1, 0, Int(Self.block))
+        try client.write(0, first)
+        try client.write(Self.block, pattern(1, Self.block, Int(Self.block)))
+        try client.flush()
+
+        // The first block loses its space, and there is no other.
+        let contents = try Data(contentsOf: URL(filePath: disk.file))
+        let place = try #require(contents.range(of: Data(first)))
+        let punched = try Program.run(
+            "fallocate",
+            ["--punch-hole", "-o", "\(place.lowerBound)", "-l", "\(place.count)", disk.file],
+            in: pool.scratch)
+        #expect(punched.status == 0, "\(punched)")
+        try system.fill()
+        try client.write(0, pattern(2, 0, 4096))
+        #expect(disk.writeBack() == EIO)
+
+        if fuaFirst {
+            let bytes = pattern(2, Self.block, 4096)
+            #expect(try code { try client.write(Self.block, bytes, flags: Client.fua) } == EIO)
+        }
+        #expect(try code { try client.flush() } == EIO)
+        #expect(try pool.status().mode == "failed")
+        server.kill()
+    }
 
     /// What was acknowledged stays: the metadata has its space.
     @Test(arguments: Engine.allCases) func fullFileSystem(engine: Engine) throws {
@@ -23,7 +59,8 @@ struct StorageTests {
                 error = try code { try client.write(place, pattern(1, place, Int(Self.block))) }
                 if error == 0 { written += 1 }
             }
-            #expect(error == ENOSPC && written > 200, "\(written) blocks")
+            // The file system is full, not the pool.
+            #expect(error == ENOSPC && (200..<384).contains(written), "\(written) blocks")
             try client.flush()
             #expect(try pool.status().mode == "writable")
             server.kill()

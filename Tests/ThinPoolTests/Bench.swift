@@ -452,11 +452,9 @@ private final class EngineIO: DataIO {
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
-        tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, tag: UInt64
     ) -> Int32? {
         var io = record(.write, offset, 0)
-        io.isDurable = durable
         for index in 0..<count {
             io.contents += UnsafeRawBufferPointer(
                 start: vectors[index].iov_base, count: vectors[index].iov_len)

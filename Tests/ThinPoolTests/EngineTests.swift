@@ -14,8 +14,7 @@ private final class NoDataIO: DataIO {
         nil
     }
     func write(
-        at: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
-        tag: UInt64
+        at: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, tag: UInt64
     ) -> Int32? { nil }
     func flush(tag: UInt64) -> Int32? { nil }
     func isHole(at: UInt64, length: UInt64) -> Bool { false }

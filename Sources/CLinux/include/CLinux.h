@@ -18,12 +18,11 @@ uint32_t clinux_crc32c(const void *bytes, size_t length);
 
 // MARK: - Files
 
-// fallocate modes (linux/falloc.h), flags of a write and origins of a seek (linux/fs.h).
+// fallocate modes (linux/falloc.h) and origins of a seek (linux/fs.h).
 enum {
     CLINUX_KEEP_SIZE = 0x01,   // FALLOC_FL_KEEP_SIZE
     CLINUX_PUNCH_HOLE = 0x02,  // FALLOC_FL_PUNCH_HOLE
     CLINUX_ZERO_RANGE = 0x10,  // FALLOC_FL_ZERO_RANGE
-    CLINUX_RWF_DSYNC = 0x02,   // RWF_DSYNC
     CLINUX_SEEK_DATA = 3,      // SEEK_DATA
 };
 
@@ -40,8 +39,8 @@ uint32_t clinux_major(uint64_t device);
 uint32_t clinux_minor(uint64_t device);
 /// fallocate, again where a signal interrupted it.
 int clinux_allocate(int fd, int mode, uint64_t offset, uint64_t length);
-/// pwritev2 of `count` struct iovec, again where a signal interrupted it: bytes.
-ptrdiff_t clinux_write_vectors(int fd, const void *vectors, int count, uint64_t offset, int flags);
+/// pwritev of `count` struct iovec, again where a signal interrupted it: bytes.
+ptrdiff_t clinux_write_vectors(int fd, const void *vectors, int count, uint64_t offset);
 
 // MARK: - Files in memory
 
@@ -121,7 +120,7 @@ bool clinux_ring_read(
     struct clinux_ring *ring, int fd, void *bytes, size_t length, uint64_t offset, uint64_t tag);
 bool clinux_ring_write(
     struct clinux_ring *ring, int fd, const void *vectors, size_t count, uint64_t offset,
-    int flags, uint64_t tag);
+    uint64_t tag);
 bool clinux_ring_flush(struct clinux_ring *ring, int fd, uint64_t tag);
 bool clinux_ring_allocate(
     struct clinux_ring *ring, int fd, int mode, uint64_t offset, uint64_t length, uint64_t tag);

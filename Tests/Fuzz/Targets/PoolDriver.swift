@@ -141,8 +141,7 @@ private final class DirectDataIO: DataIO {
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
-        tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, tag: UInt64
     ) -> Int32? {
         do throws(DeviceError) {
             var done: UInt64 = 0

@@ -14,7 +14,6 @@ final class SimulatedDataIO: DataIO {
         var offset: UInt64
         var memory: [iovec]
         var length: Int
-        var durable: Bool
         var tag: UInt64
         /// How it ended, if its effect is on the disk already: bytes or -errno.
         var result: Int32?
@@ -65,11 +64,10 @@ final class SimulatedDataIO: DataIO {
     }
 
     func write(
-        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, durable: Bool,
-        tag: UInt64
+        at offset: UInt64, vectors: UnsafePointer<iovec>, count: Int, isNew: Bool, tag: UInt64
     ) -> Int32? {
         let memory = (0..<count).map { vectors[$0] }
-        return start(.write, offset, memory, memory.reduce(0) { $0 + $1.iov_len }, tag, durable)
+        return start(.write, offset, memory, memory.reduce(0) { $0 + $1.iov_len }, tag)
     }
 
     func flush(tag: UInt64) -> Int32? { start(.flush, 0, [], 0, tag) }
@@ -104,17 +102,15 @@ final class SimulatedDataIO: DataIO {
     func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
         add(
             Operation(
-                kind: .zero, offset: offset, memory: [], length: Int(length), durable: false,
-                tag: tag))
+                kind: .zero, offset: offset, memory: [], length: Int(length), tag: tag))
     }
 
     /// The result, if the operation is done at once.
     private func start(
-        _ kind: Kind, _ offset: UInt64, _ memory: [iovec], _ length: Int, _ tag: UInt64,
-        _ durable: Bool = false
+        _ kind: Kind, _ offset: UInt64, _ memory: [iovec], _ length: Int, _ tag: UInt64
     ) -> Int32? {
         let operation = Operation(
-            kind: kind, offset: offset, memory: memory, length: length, durable: durable, tag: tag)
+            kind: kind, offset: offset, memory: memory, length: length, tag: tag)
         if isInMemory, let draw, delaysNext != kind, !tellsFlushLate, draw(8) > 0 {
             return apply(operation, lengthDone(of: operation, draw))
         }
@@ -216,11 +212,6 @@ final class SimulatedDataIO: DataIO {
                     done += count
                 }
                 try disk.write(at: operation.offset, from: UnsafeRawBufferPointer(bytes))
-                // A durable write is on the medium when it completes; flushing everything would
-                // promise too much, but a disk may always do so.
-                if operation.durable {
-                    disk.makeDurable(at: operation.offset, length: length)
-                }
             }
             return Int32(length)
         } catch { return -error.code }

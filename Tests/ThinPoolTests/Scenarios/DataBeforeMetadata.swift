@@ -269,9 +269,9 @@ import ThinPool
         #expect(try bench.write(Self.b, volume, at: offset + 4096, length: 8192, fua: true) == 0)
         let ios = bench.recording.begun(in: start...)
         if target == .mapped {
-            // In place: one durable write does it.
-            #expect(ios.map(\.kind) == [.write])
-            #expect(ios[0].device == .data && ios[0].isDurable)
+            // In place: no commit.
+            #expect(ios.map(\.kind) == [.write, .flush])
+            #expect(ios.allSatisfy { $0.device == .data })
         } else {
             #expect(ios.contains { $0.isSuperblock })
         }
