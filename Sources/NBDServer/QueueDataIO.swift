@@ -109,10 +109,15 @@ final class QueueDataIO: DataIO {
         let index = tag.index
         let zeroing = zeroings + index
         if !zeroing.pointee.isWriting {
-            if result == -EOPNOTSUPP || result == -ENOSYS {
+            switch result {
+            case -EOPNOTSUPP, -ENOSYS:
                 lacksZeroRange = true
+                fallthrough
+            // Not whole sectors of a block device: only writing takes that.
+            case -EINVAL:
                 writePiece(index)
                 return nil
+            default: break
             }
         } else if result > 0 {
             zeroing.pointee.offset += UInt64(result)

@@ -1,4 +1,4 @@
-// Pools on storage that is full, or fails late.
+// Pools on storage that is full, fails late, or has large sectors.
 
 import Foundation
 import Testing
@@ -123,6 +123,26 @@ struct StorageTests {
         let problems = try pool.status().problems
         #expect(problems.count == 1 && problems[0].contains("no room"), "\(problems)")
         #expect(server.program.error.contains("no room"))
+        try server.stop()
+    }
+
+    /// The device takes whole sectors only, clients zero less.
+    @Test(arguments: Engine.allCases) func zeroesInLargeSectors(engine: Engine) throws {
+        let scratch = try Scratch()
+        let disk = try LoopDevice(over: scratch.file("disk"), size: 16 * mebibyte, sector: 4096)
+        defer { withExtendedLifetime(disk) {} }
+        let pool = try TestPool(on: disk.path, volumes: [("vol", mebibyte)])
+        let server = try Server(pool, engine: engine)
+        let client = try Client(server, "vol")
+        var expected = pattern(1, 0, Int(Self.block))
+        try client.write(0, expected)
+        for (offset, length) in [(512, 512), (4096, 1024), (12800, 12288), (32768, 8192)] {
+            try client.zero(UInt64(offset), UInt64(length), flags: Client.noHole)
+            expected.replaceSubrange(
+                offset..<offset + length, with: [UInt8](repeating: 0, count: length))
+        }
+        #expect(same(try client.read(0, expected.count), expected))
+        try client.disconnect()
         try server.stop()
     }
 }
