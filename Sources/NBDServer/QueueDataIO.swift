@@ -31,7 +31,7 @@ final class QueueDataIO: DataIO {
 
     private let zeroings: UnsafeMutablePointer<Zeroing>
     private var freeZeroing: Int32 = 0
-    private var waiting: [(tag: UInt64, offset: UInt64, length: UInt64)] = []
+    private var waiting = Fifo<(tag: UInt64, offset: UInt64, length: UInt64)>(capacity: 64)
     private lazy var zeroes = AlignedMemory(Self.pieceSize)
     /// The file system said that it cannot zero a range; it is not asked again.
     private var lacksZeroRange = false
