@@ -26,8 +26,6 @@ extension World {
                 return try recover()
             }
         }
-        // What the last step has told.
-        try noteChanges()
         let carried = reactors.flatMap(\.carried)
         for reactor in reactors { reactor.close() }
         reactors = []
