@@ -11,7 +11,8 @@
 // 2. A page that leaves the directory is freed only once its epoch has drained.
 // 3. The table is a cache: what is not in it is in the metadata, never the other way round.
 // 4. Of a packed page only entries change.
-// 5. Going through the table takes time for what is in it, not for what it could hold: the lock is held.
+// 5. Going through the table takes time for what is in it, not for what it could hold: the lock
+//    is held.
 
 import Glibc
 import Synchronization

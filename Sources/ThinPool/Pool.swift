@@ -215,8 +215,9 @@ public final class Pool: @unchecked Sendable {
         return [UInt8](block)
     }
 
-    /// The devices may have grown since the pool was last open: use what they have. Where the metadata
-    /// has no room for more data blocks, the pool has to be open all the same: only then can it have.
+    /// The devices may have grown since the pool was last open: use what they have. Where the
+    /// metadata has no room for more data blocks, the pool has to be open all the same: only then
+    /// can somebody make room.
     private func growToDevices() throws(PoolError) {
         do throws(MetadataError) {
             let blocks = min(dataDevice.size / blockSize, Mapping.maxBlock)

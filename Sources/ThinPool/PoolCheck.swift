@@ -1,8 +1,9 @@
 // Checking a pool while it is open, served or not: the strict check of the metadata on the last
 // committed state, and the catalogue against the devices.
 //
-// 1. The committed state that is checked is kept whole meanwhile: what later ones give up is not used
-//    again. But not at the cost of those who write: a check that keeps too much ends without a result.
+// 1. The committed state that is checked is kept whole meanwhile: what later ones give up is not
+//    used again. But not at the cost of those who write: a check that keeps too much ends without
+//    a result.
 
 import ThinMetadata
 
@@ -17,8 +18,8 @@ extension Pool {
     /// Checks the last committed state; the pool goes on meanwhile. Takes time in proportion to the
     /// metadata in use, on the calling thread.
     ///
-    /// - Throws: `PoolError` if the pool has failed, or if it changes so fast that it needs the blocks
-    ///   that the check keeps.
+    /// - Throws: `PoolError` if the pool has failed, or if it changes so fast that it needs the
+    ///   blocks that the check keeps.
     public func check(progress: (CheckProgress) -> Void = { _ in }) throws(PoolError)
         -> PoolCheckReport
     {
@@ -53,8 +54,8 @@ extension Pool {
         guard isWhole else {
             throw PoolError(
                 .changesTooFast,
-                "the pool changes too fast to be checked while it is served: try again when less is "
-                    + "written to it, or stop its server first")
+                "the pool changes too fast to be checked while it is served: try again when less "
+                    + "is written to it, or stop its server first")
         }
         return PoolCheckReport(metadata: report, catalogue: catalogueProblems)
     }

@@ -90,8 +90,8 @@ extension VolumeIO {
 
     // MARK: - Unmapping
 
-    /// Commits that an unmap waits for where there is no metadata space. The next one has enough for
-    /// some of those who wait, and theirs then comes back with the one after it.
+    /// Commits that an unmap waits for where there is no metadata space. The next one has enough
+    /// for some of those who wait, and theirs then comes back with the one after it.
     private static let unmapPatience: UInt8 = 100
 
     private func resolveUnmap(_ index: Int32, _ volume: Volume) {
