@@ -26,12 +26,11 @@ final class QueueDataIO: DataIO {
 
     /// One I/O of a zeroing by writing.
     static let pieceSize = 1 << 20
-    /// Zeroings at once; more wait. Zeroing is rare, and each may be 4 GiB.
+    /// Zeroings at once. Zeroing is rare, and each may be 4 GiB.
     private static let zeroingCount = 64
 
     private let zeroings: UnsafeMutablePointer<Zeroing>
     private var freeZeroing: Int32 = 0
-    private var waiting = Fifo<(tag: UInt64, offset: UInt64, length: UInt64)>(capacity: 64)
     private lazy var zeroes = AlignedMemory(Self.pieceSize)
     /// The file system said that it cannot zero a range; it is not asked again.
     private var lacksZeroRange = false
@@ -85,11 +84,8 @@ final class QueueDataIO: DataIO {
         memory?.contents(at: offset, length: length)
     }
 
-    func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
-        guard freeZeroing >= 0 else {
-            waiting.append((tag, offset, length))
-            return
-        }
+    func zero(at offset: UInt64, length: UInt64, tag: UInt64) -> Bool {
+        guard freeZeroing >= 0 else { return false }
         let index = Int(freeZeroing)
         freeZeroing = zeroings[index].nextFree
         zeroings[index] = Zeroing(engineTag: tag, offset: offset, length: length)
@@ -99,6 +95,7 @@ final class QueueDataIO: DataIO {
             queue.allocate(
                 fd, mode: AllocateMode.zeroRange, at: offset, length: length, tag: zeroTag(index))
         }
+        return true
     }
 
     /// A completion of this device: the engine's tag and result, or nil if the operation goes on.
@@ -131,10 +128,6 @@ final class QueueDataIO: DataIO {
         let done = (zeroing.pointee.engineTag, isShort ? -EIO : min(result, 0))
         zeroing.pointee.nextFree = freeZeroing
         freeZeroing = Int32(index)
-        if !waiting.isEmpty {
-            let next = waiting.removeFirst()
-            zero(at: next.offset, length: next.length, tag: next.tag)
-        }
         return done
     }
 

@@ -25,7 +25,9 @@ public protocol DataIO: AnyObject {
     /// from a buffer that it was read into.
     func contents(at offset: UInt64, length: Int) -> UnsafeMutableRawPointer?
     /// The range reads as zeroes afterwards and stays allocated. Completes with 0.
-    func zero(at offset: UInt64, length: UInt64, tag: UInt64)
+    /// - Returns: false if there are too many of these under way: it is to be asked again when one has
+    ///   completed.
+    func zero(at offset: UInt64, length: UInt64, tag: UInt64) -> Bool
 }
 
 @frozen public enum VolumeOperation: UInt8, Sendable, BitwiseCopyable {

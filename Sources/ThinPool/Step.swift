@@ -58,6 +58,9 @@ enum StepIntent: UInt8, BitwiseCopyable {
 ///                                           is inserted under the lock, and the step is done
 enum StepPhase: UInt8, BitwiseCopyable {
     case asks, hole, transfer, zeroes, copyRead, copyWrite, clear, fill, filled
+
+    /// The device is to zero a range.
+    var isZeroing: Bool { self == .zeroes || self == .clear }
 }
 
 /// A part of a request: a run of mapped blocks, or a part of one block, or a range of the map.

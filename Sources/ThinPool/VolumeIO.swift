@@ -66,6 +66,8 @@ public final class VolumeIO: @unchecked Sendable {
     private var bounces: [UnsafeMutableRawPointer] = []
     private var bouncesMade = 0
     private let waitingForBounce = IndexQueue()
+    /// Steps for whose zeroing the device had no room.
+    private let waitingToZero = IndexQueue()
 
     /// What other threads have for this reactor. Under the pool's lock.
     enum Message {
@@ -474,7 +476,10 @@ public final class VolumeIO: @unchecked Sendable {
     /// Starts, or goes on with, the I/O of a step's phase.
     func issue(_ index: Int32) {
         let step = steps[index]
-        if !step.pointee.hasCell, isAbandoned(step.pointee.request) { return fail(index, EIO) }
+        if isAbandoned(step.pointee.request) {
+            if step.pointee.phase.isZeroing { nextZeroing() }
+            return fail(index, EIO)
+        }
         if step.pointee.mayBeHole, skipsZeroes(index) { return }
         let tag = UInt64(UInt32(bitPattern: index))
         let result: Int32?
@@ -496,9 +501,12 @@ public final class VolumeIO: @unchecked Sendable {
             memset(step.pointee.vectors.0.iov_base!, 0, piece)
             result = Int32(piece)
         case .zeroes, .clear:
-            io.zero(
-                at: step.pointee.position, length: UInt64(step.pointee.remaining), tag: tag)
             result = nil
+            if !io.zero(
+                at: step.pointee.position, length: UInt64(step.pointee.remaining), tag: tag)
+            {
+                waitingToZero.append(index)
+            }
         case .asks, .filled:
             preconditionFailure("no I/O belongs to this phase")
         }
@@ -519,11 +527,10 @@ public final class VolumeIO: @unchecked Sendable {
         }
         let index = Int32(truncatingIfNeeded: tag)
         let step = steps[index]
-        if result < 0 {
-            if didNothing { return issue(index) }
-            return fail(index, Self.clientError(-result))
-        }
-        if step.pointee.phase != .zeroes && step.pointee.phase != .clear {
+        if didNothing { return issue(index) }
+        if step.pointee.phase.isZeroing { nextZeroing() }
+        if result < 0 { return fail(index, Self.clientError(-result)) }
+        if !step.pointee.phase.isZeroing {
             // Nothing transferred: the device ends where it should go on.
             if result == 0 { return fail(index, EIO) }
             step.pointee.position += UInt64(result)
@@ -538,6 +545,11 @@ public final class VolumeIO: @unchecked Sendable {
         case .transfer, .hole, .zeroes: end(index)
         default: continueFill(index)
         }
+    }
+
+    /// A zeroing is over, or is not done: the device has room for one that waits.
+    private func nextZeroing() {
+        if let next = waitingToZero.popFirst() { makeReady(next) }
     }
 
     /// What a device's error becomes for the client.

@@ -336,4 +336,24 @@ import Testing
         try attacked.expectNobody()
         try attacked.finish()
     }
+
+    @Test("Requests of 28 bytes that zero a thousand blocks, by the thousand; the server can be stopped")
+    func zeroesFlood() throws {
+        let attacked = try AttackedServer()
+        let before = try attacked.residentBytes()
+        let asks = Array(
+            Array(
+                repeating: Raw.header(
+                    .simple, Raw.writeZeroes, flags: Raw.noHole,
+                    length: AttackedServer.size), count: 256
+            ).joined())
+        let clients = try (0..<100).map { _ in try RawClient(attacked.server, "vol") }
+        for client in clients { client.stuff(asks) }
+        try attacked.expectMemory(before, grownByAtMost: Self.slack)
+        // Half of them reset their connections, which is seen when they are answered.
+        for client in clients.prefix(50) { client.leave(.reset) }
+        try attacked.expectService()
+        // What nobody can be told of any more is left undone: minutes of zeroes.
+        try attacked.finish()
+    }
 }

@@ -107,6 +107,7 @@ extension RawClient {
     static let extendedMagic: UInt32 = 0x21e4_1c71
     /// The flag by which an extended header announces a payload.
     static let hasPayload: UInt16 = 1 << 5
+    static let noHole: UInt16 = 1 << 1
     static let requestOne: UInt16 = 1 << 3
 
     /// What a request was answered with.

@@ -473,8 +473,9 @@ private final class EngineIO: DataIO {
 
     func contents(at offset: UInt64, length: Int) -> UnsafeMutableRawPointer? { nil }
 
-    func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
+    func zero(at offset: UInt64, length: UInt64, tag: UInt64) -> Bool {
         queue(record(.zero, offset, Int(length)), tag, [])
+        return true
     }
 
     private func record(_ kind: RecordedIO.Kind, _ offset: UInt64, _ length: Int) -> RecordedIO {

@@ -19,7 +19,7 @@ private final class NoDataIO: DataIO {
     func flush(tag: UInt64) -> Int32? { nil }
     func isHole(at: UInt64, length: UInt64) -> Bool { false }
     func contents(at: UInt64, length: Int) -> UnsafeMutableRawPointer? { nil }
-    func zero(at: UInt64, length: UInt64, tag: UInt64) {}
+    func zero(at: UInt64, length: UInt64, tag: UInt64) -> Bool { true }
 }
 
 @Suite struct EngineTests {

@@ -167,11 +167,12 @@ private final class DirectDataIO: DataIO {
         return completions
     }
 
-    func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
+    func zero(at offset: UInt64, length: UInt64, tag: UInt64) -> Bool {
         var result: Int32 = 0
         do throws(DeviceError) { try device.zero(at: offset, length: length) } catch {
             result = -error.code
         }
         completions.append((tag, result))
+        return true
     }
 }

@@ -99,11 +99,14 @@ final class SimulatedDataIO: DataIO {
         return start
     }
 
-    func zero(at offset: UInt64, length: UInt64, tag: UInt64) {
+    func zero(at offset: UInt64, length: UInt64, tag: UInt64) -> Bool {
+        guard pending.count(where: { $0.kind == .zero }) < Self.zeroings else { return false }
         add(
             Operation(
                 kind: .zero, offset: offset, memory: [], length: Int(length), tag: tag))
+        return true
     }
+    private static let zeroings = 3
 
     /// The result, if the operation is done at once.
     private func start(
