@@ -177,5 +177,5 @@ struct Arrival: Sendable {
     let isReadOnly: Bool
     let session: Admission.Session
     /// Nil: it has not been greeted.
-    let carried: CarriedConnection?
+    let inherited: InheritedClient?
 }

@@ -11,7 +11,6 @@
 // received is decrypted as far as there is room for it, messages are encrypted before they are
 // sent. When the kernel does the encrypting, the session is gone and only the goodbye is special.
 
-import FoundationEssentials
 import Glibc
 import NBDProtocol
 import ThinPool
@@ -281,26 +280,30 @@ package final class Connection {
         }
     }
 
-    /// The connection as another server can go on with it.
+    /// The connection as another server can go on with it, and what was received and not acted on.
     /// - Precondition: `canBeCarried`.
-    package func carried() -> CarriedConnection {
+    package func carried() -> (connection: CarriedConnection, input: [UInt8]) {
         let stage: CarriedConnection.Stage
-        let input: Data
+        var input: [UInt8]
         if let transmission {
             stage = .transmission(
                 exportName: exportName!, format: transmission.format,
                 contexts: exports.contexts.selected, refused: transmission.refused)
-            input = Data(transmission.carriedInput() + carriedInput)
+            input = transmission.carriedInput()
+            input += carriedInput
         } else {
             stage = .handshake(handshake)
-            input = Data(greetingInput[greetingStart..<greetingEnd])
+            input = Array(greetingInput[greetingStart..<greetingEnd])
         }
-        return CarriedConnection(
-            socket: socket, stage: stage, input: input, tls: usesKernelTLS ? tlsSummary : nil)
+        let connection = CarriedConnection(
+            socket: socket, stage: stage, tls: usesKernelTLS ? tlsSummary : nil)
+        return (connection, input)
     }
 
     /// The socket comes from another server.
-    package func begin(with carried: CarriedConnection, _ sink: some RequestSink) {
+    package func begin(
+        with carried: CarriedConnection, input: [UInt8], _ sink: some RequestSink
+    ) {
         if let summary = carried.tls {
             tlsSummary = summary
             kernelGoodbye = KernelTLS.Goodbye()
@@ -308,9 +311,9 @@ package final class Connection {
         switch carried.stage {
         case .handshake(let handshake):
             self.handshake = handshake
-            precondition(carried.input.count <= greetingInput.count, "more than a greeting's input")
-            greetingInput.copyBytes(from: carried.input)
-            greetingEnd = carried.input.count
+            precondition(input.count <= greetingInput.count, "more than a greeting's input")
+            greetingInput.copyBytes(from: input)
+            greetingEnd = input.count
             advanceHandshake(sink)
         case .transmission(let name, let format, let contexts, let refused):
             let opening = exports.open(
@@ -319,7 +322,7 @@ package final class Connection {
                 return breakOff("export \(name) cannot be opened again")
             }
             isAnnounced = true
-            carriedInput = [UInt8](carried.input)[...]
+            carriedInput = input[...]
             enterTransmission(
                 Agreement(export: export, format: format, contexts: contexts), sink)
             if let refused { transmission!.takeOver(refused) }
@@ -339,6 +342,8 @@ package final class Connection {
             transmission!.received(count, sink)
             lookAtTransmission()
         }
+        // An empty slice would keep all of it.
+        if carriedInput.isEmpty { carriedInput = [] }
     }
 
     /// The server stops: requests in flight are still answered.

@@ -72,8 +72,8 @@ extension Reactor {
         return nextReactor
     }
 
-    private func welcome(_ socket: Int32, _ carried: CarriedConnection? = nil) {
-        guard let arrival = admit(socket, carried, to: takeReactor()) else {
+    private func welcome(_ socket: Int32, _ inherited: InheritedClient? = nil) {
+        guard let arrival = admit(socket, inherited, to: takeReactor()) else {
             close(socket)
             return
         }
@@ -102,7 +102,9 @@ extension Reactor {
     /// Clients of the server that was here before.
     func welcome(_ inherited: HandOver) {
         engine.beginTurn()
-        for carried in inherited.connections { welcome(carried.socket, carried) }
+        for client in InheritedClient.all(of: inherited) {
+            welcome(client.connection.socket, client)
+        }
         for socket in inherited.arrivals { welcome(socket) }
         engine.endTurn()
         settleMarked()
@@ -110,7 +112,7 @@ extension Reactor {
 
     /// Nil: it is not let in, which the log knows.
     private func admit(
-        _ socket: Int32, _ carried: CarriedConnection? = nil, to reactor: Int
+        _ socket: Int32, _ inherited: InheritedClient? = nil, to reactor: Int
     ) -> Arrival? {
         let peer = Peer(of: socket)
         func refuse(_ reason: String) -> Arrival? {
@@ -121,7 +123,7 @@ extension Reactor {
         guard decision != .deny else { return refuse("the rules do not let it in") }
         let admission = shared.admission
         let verdict =
-            carried?.exportName.map {
+            inherited?.connection.exportName.map {
                 admission.takeOver(peer.owner, reactor: reactor, export: $0)
             } ?? admission.admit(peer.owner, reactor: reactor)
         switch verdict {
@@ -133,7 +135,7 @@ extension Reactor {
                 socket, keepAliveSeconds: shared.configuration.keepAliveSeconds)
             return Arrival(
                 socket: socket, peer: peer, isReadOnly: decision == .allowReadOnly,
-                session: session, carried: carried)
+                session: session, inherited: inherited)
         }
     }
 

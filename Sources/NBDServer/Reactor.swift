@@ -459,13 +459,23 @@ final class Reactor {
     /// The server stops, or has no place: an accepted socket is not served here.
     func turnAway(_ arrival: Arrival) {
         guard mailbox.shouldCarry else { return dismiss(arrival.socket, arrival.session) }
-        shared.admission.forget(arrival.session)
-        shared.carried.withLock { handOver in
-            if let carried = arrival.carried {
-                handOver.connections.append(carried)
-            } else {
-                handOver.arrivals.append(arrival.socket)
+        if let inherited = arrival.inherited {
+            do throws(ServerError) {
+                try leave(inherited.connection, inherited.takeInput())
+            } catch {
+                logger.warning("client lost: \(error)", metadata: ["peer": "\(arrival.peer)"])
+                return dismiss(arrival.socket, arrival.session)
             }
+        } else {
+            shared.carried.withLock { $0.arrivals.append(arrival.socket) }
+        }
+        shared.admission.forget(arrival.session)
+    }
+
+    /// To the next server.
+    private func leave(_ carried: CarriedConnection, _ input: [UInt8]) throws(ServerError) {
+        try shared.carried.withLock { handOver throws(ServerError) in
+            try handOver.append(carried, input: input)
         }
     }
 
@@ -494,12 +504,19 @@ final class Reactor {
         connections[index] = connection
         connectionCount += 1
         logger.debug("accepted", metadata: ["peer": "\(connection.peer)"])
-        if let carried = arrival.carried {
-            connection.begin(with: carried, engine)
+        if let inherited = arrival.inherited {
+            takeOver(inherited, connection)
         } else {
             connection.begin(engine)
         }
         mark(connection)
+    }
+
+    private func takeOver(_ inherited: InheritedClient, _ connection: Connection) {
+        do throws(ServerError) {
+            let input = try inherited.takeInput()
+            connection.begin(with: inherited.connection, input: input, engine)
+        } catch { connection.breakOff(error.description) }
     }
 
     /// It is in its handshake, or on its way out, and others came for whom there is no room.
@@ -556,10 +573,12 @@ final class Reactor {
     }
 
     private func carry(_ connection: Connection) {
-        connection.isCarried = true
-        let carried = connection.carried()
-        shared.carried.withLock { $0.connections.append(carried) }
-        connection.breakOff(nil)
+        let (carried, input) = connection.carried()
+        do throws(ServerError) {
+            try leave(carried, input)
+            connection.isCarried = true
+            connection.breakOff(nil)
+        } catch { connection.breakOff(error.description) }
     }
 }
 

@@ -263,7 +263,8 @@ package final class Transmission {
         precondition(isPaused && isReading && inFlight == 0 && replies.isEmpty && !receivingInPlace)
         var bytes: [UInt8] = []
         if partial != Self.noSlot {
-            bytes = [UInt8](repeating: 0, count: headerSize)
+            bytes.reserveCapacity(headerSize + partialFilled + inputEnd - inputStart)
+            bytes += repeatElement(0, count: headerSize)
             bytes.withUnsafeMutableBytes {
                 partialHeader.write(to: $0.baseAddress!, extended: format == .extended)
             }

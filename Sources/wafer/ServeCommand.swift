@@ -103,7 +103,7 @@ struct ServeCommand: ParsableCommand {
             throw error
         }
         if let inherited = options.inherited {
-            logger.info("took over", metadata: ["clients": "\(inherited.connectionCount)"])
+            logger.info("took over", metadata: ["clients": "\(inherited.clientCount)"])
         } else {
             for uri in uris { print("listening on \(uri)") }
             fflush(nil)

@@ -69,9 +69,9 @@ final class AttackedServer: Sendable {
         try String(contentsOfFile: "/proc/\(server.program.pid)/\(name)", encoding: .utf8)
     }
 
-    /// Memory that it holds, in bytes.
-    func residentBytes() throws -> Int {
-        for line in try file("status").split(separator: "\n") where line.hasPrefix("VmRSS:") {
+    /// Memory that it holds, in bytes; since its program began, the most that it has held (VmHWM).
+    func residentBytes(_ field: String = "VmRSS") throws -> Int {
+        for line in try file("status").split(separator: "\n") where line.hasPrefix("\(field):") {
             return Int(line.split(separator: " ")[1])! << 10
         }
         throw Failure("the kernel does not tell what memory is held")

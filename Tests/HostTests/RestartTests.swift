@@ -56,6 +56,47 @@ import Testing
         try server.stop()
     }
 
+    /// What has arrived takes memory once: neither server holds it twice.
+    @Test(.enabled(if: AttackedServer.sanitizer == nil))
+    func halfWritesTakeTheirMemoryOnce() throws {
+        let attacked = try AttackedServer(
+            ["--payload-memory", "128MiB"], volumes: [(AttackedServer.volume, 128 * mebibyte)])
+        let server = attacked.server
+        let length = 32 << 20
+        let writers = try (0..<4).map { _ in try RawClient(server, AttackedServer.volume) }
+        for (index, writer) in writers.enumerated() {
+            try writer.request(
+                RawClient.write, offset: UInt64(index * length), length: UInt32(length),
+                cookie: UInt64(index))
+            try writer.send([UInt8](repeating: UInt8(index + 1), count: length - 1))
+        }
+        let before = try attacked.residentBytes()
+        #expect(before > writers.count * length)
+        var peak = before
+        server.program.signal(SIGUSR2)
+        let happened = eventually(within: 30) {
+            peak = max(peak, (try? attacked.residentBytes("VmHWM")) ?? 0)
+            return server.program.error.contains("took over")
+        }
+        #expect(happened)
+        for (index, writer) in writers.enumerated() {
+            try writer.send([UInt8(index + 1)])
+            let reply = try writer.receive(16)
+            #expect(RawClient.word(reply[4..<8]) == 0)
+        }
+        peak = max(peak, try attacked.residentBytes("VmHWM"))
+        // Each reactor has one more of them in its hands.
+        #expect(peak < before + 3 * length, "\(peak >> 20) MiB, before \(before >> 20) MiB")
+        let reader = try Client(server, AttackedServer.volume)
+        for index in writers.indices {
+            for offset in [0, length / 2, length - 4096] {
+                let bytes = try reader.read(UInt64(index * length + offset), 4096)
+                #expect(bytes.allSatisfy { $0 == UInt8(index + 1) })
+            }
+        }
+        try attacked.finish()
+    }
+
     /// Whoever connects while nobody accepts waits, and a handshake goes on where it was.
     @Test func nobodyIsTurnedAway() throws {
         let pool = try TestPool(volumes: [("vol", 8 * mebibyte)])

@@ -36,7 +36,7 @@ import Testing
                 logger: Logger(label: "test", factory: { _ in recorder }))
             _ = try server.start()
             present = server
-            return left.connectionCount
+            return left.clientCount
         }
 
         deinit { present?.stop() }

@@ -39,7 +39,8 @@ final class SimulatedReactor {
     private(set) var places: [Place?] = []
     private(set) var isAwake = false
     /// What it leaves to the next server.
-    private(set) var carried: [(state: CarriedConnection, wire: Wire)] = []
+    private(set) var carried: [(state: Carried, wire: Wire)] = []
+    typealias Carried = (connection: CarriedConnection, input: [UInt8])
     /// Some volume may be opened again: all reactors are to be woken.
     var hasUnfenced = false
     /// Told of every write that the engine has done, in a turn that began after the pool's failure.
@@ -110,7 +111,7 @@ final class SimulatedReactor {
 
     func wake() { isAwake = true }
 
-    func adopt(_ wire: Wire, _ carried: CarriedConnection? = nil) {
+    func adopt(_ wire: Wire, _ carried: Carried? = nil) {
         let index = places.firstIndex { $0 == nil } ?? places.count
         if index == places.count { places.append(nil) }
         let connection = Connection(
@@ -120,7 +121,7 @@ final class SimulatedReactor {
             handshakeDeadline: .max)
         places[index] = Place(connection: connection, wire: wire)
         if let carried {
-            connection.begin(with: carried, self)
+            connection.begin(with: carried.connection, input: carried.input, self)
         } else {
             connection.begin(self)
         }
