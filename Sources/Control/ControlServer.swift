@@ -114,18 +114,23 @@ public final class ControlServer: @unchecked Sendable {
         place.remove()
     }
 
-    public func start() {
+    public func start() throws(ControlError) {
         precondition(acceptor == nil)
-        acceptor = startThread("wafer-control") { self.acceptConnections() }
+        acceptor = startThread { self.acceptConnections() }
+        guard acceptor != nil else {
+            throw ControlError(.device, "cannot start a thread for \(place.path)")
+        }
     }
 
-    /// Takes no more requests; returns when those that were begun are answered.
+    /// Takes no more requests; returns when those that were begun are answered. A check is not
+    /// waited for: it ends.
     public func stop() {
-        guard let acceptor else { return }
-        self.acceptor = nil
-        var signal: UInt8 = 1
-        write(stopPipe.write, &signal, 1)
-        pthread_join(acceptor, nil)
+        if let acceptor {
+            var signal: UInt8 = 1
+            write(stopPipe.write, &signal, 1)
+            pthread_join(acceptor, nil)
+        }
+        acceptor = nil
         if place.status()?.st_ino == identity { place.remove() }
         connections.withLock { connections in
             connections.isStopping = true
@@ -178,20 +183,31 @@ public final class ControlServer: @unchecked Sendable {
             hasRoom = admit(socket)
         }
         guard hasRoom else {
-            let error = ControlError(
-                .busy, "the server answers \(Self.maxConnections) other commands: try again later")
-            if let line = try? ControlLine.encode(ControlResponse.failed(error)) {
-                _ = socket.write(line, milliseconds: 0)
-            }
-            return
+            return refuse(socket, "the server answers \(Self.maxConnections) other commands")
         }
         idle.enter()
-        let thread = startThread("wafer-verb") {
+        let thread = startThread {
             self.serve(socket)
-            _ = self.connections.withLock { $0.open.removeValue(forKey: ObjectIdentifier(socket)) }
+            self.forget(socket)
             self.idle.leave()
         }
+        guard let thread else {
+            refuse(socket, "the server gets no thread for one more command (limits of processes)")
+            forget(socket)
+            idle.leave()
+            return
+        }
         pthread_detach(thread)
+    }
+
+    private func refuse(_ socket: ControlSocket, _ reason: String) {
+        let error = ControlError(.busy, "\(reason): try again later")
+        guard let line = try? ControlLine.encode(ControlResponse.failed(error)) else { return }
+        _ = socket.write(line, milliseconds: 0)
+    }
+
+    private func forget(_ socket: ControlSocket) {
+        _ = connections.withLock { $0.open.removeValue(forKey: ObjectIdentifier(socket)) }
     }
 
     // MARK: - Answering

@@ -103,11 +103,14 @@ public final class PoolServer {
     ///
     /// - Returns: where, as NBD URIs.
     public func start() throws(ControlError) -> [String] {
-        control.start()
-        do throws(ServerError) { return try server.start() } catch {
-            let failure = ControlError(.device, error.description)
+        do throws(ControlError) {
+            try control.start()
+            do throws(ServerError) { return try server.start() } catch {
+                throw ControlError(.device, error.description)
+            }
+        } catch {
             try? stop()
-            throw failure
+            throw error
         }
     }
 

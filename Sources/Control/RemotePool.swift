@@ -66,9 +66,8 @@ public final class RemotePool: PoolManager {
     private func ask(_ request: ControlRequest, progress: (CheckAdvance) -> Void = { _ in })
         throws(ControlError) -> ControlResponse
     {
-        guard socket.write(try ControlLine.encode(request), milliseconds: Self.patience) else {
-            throw silence()
-        }
+        // A server that has no room says so and hangs up, whether it has been asked yet or not.
+        _ = socket.write(try ControlLine.encode(request), milliseconds: Self.patience)
         while true {
             guard
                 let line = socket.readLine(

@@ -37,8 +37,8 @@ private final class ThreadBody: Sendable {
     init(_ run: @escaping @Sendable () -> Void) { self.run = run }
 }
 
-/// A thread that is to be joined or detached.
-func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) -> pthread_t {
+/// A thread that is to be joined or detached; nil: the system gives no more of them.
+func startThread(_ body: @escaping @Sendable () -> Void) -> pthread_t? {
     var thread = pthread_t()
     let argument = Unmanaged.passRetained(ThreadBody(body))
     let code = pthread_create(
@@ -47,6 +47,9 @@ func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) -> pthr
             Unmanaged<ThreadBody>.fromOpaque(argument!).takeRetainedValue().run()
             return nil
         }, argument.toOpaque())
-    precondition(code == 0, "no thread for \(name): \(String(cString: strerror(code)))")
+    guard code == 0 else {
+        argument.release()
+        return nil
+    }
     return thread
 }
