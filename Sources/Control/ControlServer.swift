@@ -3,7 +3,8 @@
 // 1. Only its owner (and root) can connect: the socket's mode is 0600 from its beginning.
 // 2. One thread accepts; each connection has a thread of its own, as verbs block. There are few of
 //    them. No client is waited for longer than a deadline, and when there is no room the one that
-//    has been silent for longest has to go, so none can keep others out.
+//    has been silent for longest has to go, so none can keep others out; nor can one keep the
+//    server from ending.
 // 3. A socket left over is removed only after a connection to it was refused; at the end only if it
 //    is still this server's.
 
@@ -23,6 +24,8 @@ public final class ControlServer: @unchecked Sendable {
     /// Milliseconds for a request to come, and for a response to be taken.
     private static let requestTimeout = 10_000
     private static let responseTimeout = 10_000
+    /// Milliseconds for which `stop` lets clients read what they have been told.
+    private static let stopTimeout = 1000
     /// Milliseconds between progress lines of a check.
     private static let progressInterval = 200
 
@@ -139,6 +142,15 @@ public final class ControlServer: @unchecked Sendable {
                 shutdown(connection.socket.descriptor, Int32(SHUT_RD))
             }
         }
+        // A change is waited for until its commit, but nobody who does not read what it is told.
+        guard idle.wait(timeout: .now() + .milliseconds(Self.stopTimeout)) == .timedOut else {
+            return
+        }
+        connections.withLock { connections in
+            for connection in connections.open.values where !connection.socket.isWritable {
+                connection.socket.shutDown()
+            }
+        }
         idle.wait()
     }
 
@@ -238,13 +250,19 @@ public final class ControlServer: @unchecked Sendable {
         }
     }
 
+    /// False: nothing more can be said to this client.
     private func send(_ response: ControlResponse, _ socket: ControlSocket) -> Bool {
         let line: [UInt8]
         do throws(ControlError) { line = try ControlLine.encode(response) } catch {
             logger.error("control socket: \(error)")
             return false
         }
-        return socket.write(line, milliseconds: Self.responseTimeout)
+        guard socket.write(line, milliseconds: Self.responseTimeout) else {
+            // It may have half a line; and the next one would be waited for as long.
+            socket.shutDown()
+            return false
+        }
+        return true
     }
 
     private func answer(_ request: ControlRequest, _ socket: ControlSocket) throws(ControlError)
@@ -265,15 +283,22 @@ public final class ControlServer: @unchecked Sendable {
             return .done
         case .check:
             var told = 0
-            return .check(
-                try pool.check { advance in
-                    let now = monotonicMilliseconds()
-                    guard now - told >= Self.progressInterval else { return }
-                    told = now
-                    _ = send(.progress(advance), socket)
-                })
+            let result = try pool.check { advance in
+                guard !isStopping else { return false }
+                let now = monotonicMilliseconds()
+                guard now - told >= Self.progressInterval else { return true }
+                told = now
+                // Nobody is checked for who does not read.
+                return send(.progress(advance), socket)
+            }
+            guard let result else {
+                throw ControlError(.refused, "the server stopped before the check was done")
+            }
+            return .check(result)
         }
     }
+
+    private var isStopping: Bool { connections.withLock { $0.isStopping } }
 }
 
 extension PoolChange {

@@ -16,6 +16,9 @@ final class ControlSocket: @unchecked Sendable {
     /// Wakes whoever reads or writes here, with an error or the end. From any thread.
     func shutDown() { shutdown(descriptor, Int32(SHUT_RDWR)) }
 
+    /// Whether there is room for what is sent next: the other side reads.
+    var isWritable: Bool { wait(POLLOUT, until: monotonicMilliseconds() + 1) }
+
     /// The next line, without its end; nil if the other side has ended, or nothing came in time.
     func readLine(limit: Int, milliseconds: Int) -> [UInt8]? {
         let deadline = monotonicMilliseconds() + milliseconds

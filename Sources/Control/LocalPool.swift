@@ -132,9 +132,11 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
     }
     private static let deletionPause: UInt32 = 20
 
-    public func check(progress: (CheckAdvance) -> Void) throws(ControlError) -> CheckResult {
+    /// - Parameter progress: false ends the check.
+    /// - Returns: nil if it was ended.
+    func check(while progress: (CheckAdvance) -> Bool) throws(ControlError) -> CheckResult? {
         do throws(PoolError) {
-            return PoolCheck.result(try pool.check { progress(CheckAdvance($0)) })
+            return try pool.check { progress(CheckAdvance($0)) }.map(PoolCheck.result)
         } catch { throw ControlError(error) }
     }
 }

@@ -30,7 +30,11 @@ public enum PoolCheck {
             var options = PoolOptions()
             options.readOnly = true
             let pool = try Pool(metadata: metadata, data: data, options: options)
-            result = Self.result(try pool.check { progress(CheckAdvance($0)) })
+            let report = try pool.check {
+                progress(CheckAdvance($0))
+                return true
+            }
+            result = Self.result(report!)
         } catch {
             result = try checkMetadataAlone(metadata, data, progress: progress)
             if result.isClean {
@@ -54,7 +58,11 @@ public enum PoolCheck {
         let blockSize = try FirstBlock(metadata).dataBlockSize
         var check = MetadataCheck(
             device: metadata, dataDeviceBlocks: blockSize.map { data.size / $0 })
-        return result(metadata: check.run { progress(CheckAdvance($0)) }, catalogue: [])
+        let report = check.run {
+            progress(CheckAdvance($0))
+            return true
+        }
+        return result(metadata: report!, catalogue: [])
     }
 
     static func result(_ report: PoolCheckReport) -> CheckResult {

@@ -9,8 +9,6 @@ public protocol PoolManager: AnyObject {
     func status() throws(ControlError) -> PoolStatus
     func volumes() throws(ControlError) -> [VolumeInfo]
     func change(_ change: PoolChange) throws(ControlError)
-    /// Compares the metadata with everything the format demands.
-    func check(progress: (CheckAdvance) -> Void) throws(ControlError) -> CheckResult
 }
 
 /// A change of the pool's volumes that a person can ask for.

@@ -2,7 +2,9 @@
 // the order in which they need each other.
 //
 //     devices locked, pool open ──> control socket answers ──> NBD sockets accept
-//     NBD drained ──> control socket closed ──> last commit ──> devices given up
+//     control socket closed ──> NBD drained ──> last commit ──> devices given up
+//
+// What the last commands are still waited for, clients do not notice.
 
 import BlockIO
 import Glibc
@@ -118,8 +120,8 @@ public final class PoolServer {
     public func stop() throws(ControlError) {
         guard !isStopped else { return }
         isStopped = true
-        server.stop()
         control.stop()
+        server.stop()
         try local.close()
     }
 
@@ -127,8 +129,8 @@ public final class PoolServer {
     public func handOver() throws(ControlError) -> HandOver {
         precondition(!isStopped, "a stopped server has nothing to hand over")
         isStopped = true
-        let handOver = server.handOver()
         control.stop()
+        let handOver = server.handOver()
         try local.close()
         return handOver
     }

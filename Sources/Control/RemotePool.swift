@@ -56,7 +56,7 @@ public final class RemotePool: PoolManager {
         guard case .done = try ask(.change(change)) else { throw nonsense() }
     }
 
-    public func check(progress: (CheckAdvance) -> Void) throws(ControlError) -> CheckResult {
+    func check(progress: (CheckAdvance) -> Void) throws(ControlError) -> CheckResult {
         guard case .check(let result) = try ask(.check, progress: progress) else {
             throw nonsense()
         }

@@ -20,8 +20,11 @@ extension Pool {
     ///
     /// - Throws: `PoolError` if the pool has failed, or if it changes so fast that it needs the
     ///   blocks that the check keeps.
-    public func check(progress: (CheckProgress) -> Void = { _ in }) throws(PoolError)
-        -> PoolCheckReport
+    public func check() throws(PoolError) -> PoolCheckReport { try check { _ in true }! }
+
+    /// The same, as long as `progress` says true; otherwise nil.
+    public func check(while progress: (CheckProgress) -> Bool) throws(PoolError)
+        -> PoolCheckReport?
     {
         lock.lock()
         if let failure {
@@ -41,8 +44,7 @@ extension Pool {
         var check = MetadataCheck(
             device: metadataDevice, superblock: superblock,
             dataDeviceBlocks: dataDevice.size / blockSize)
-        let report = check.run(
-            progress: progress, stops: { lock.withLock { !pinned.holds(pin) } })
+        let report = check.run { lock.withLock { pinned.holds(pin) } && progress($0) }
         let isWhole = lock.withLock {
             defer {
                 pinned.unpinCommitted(pin)
@@ -57,7 +59,7 @@ extension Pool {
                 "the pool changes too fast to be checked while it is served: try again when less "
                     + "is written to it, or stop its server first")
         }
-        return PoolCheckReport(metadata: report, catalogue: catalogueProblems)
+        return report.map { PoolCheckReport(metadata: $0, catalogue: catalogueProblems) }
     }
 
     /// Ends checks that keep more metadata blocks than are left to those who write.

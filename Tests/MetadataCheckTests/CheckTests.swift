@@ -69,9 +69,24 @@ import ThinMetadata
             #expect($0.blocksRead >= last)
             last = $0.blocksRead
             expected = $0.blocksExpected
+            return true
         }
         #expect(phases == CheckProgress.Phase.allCases)
         #expect(last == expected, "every used block is read once")
+    }
+
+    @Test(arguments: 1...8) func endsWhenItIsNotWanted(calls: Int) {
+        let image = SamplePool().image
+        var check = MetadataCheck(device: image)
+        var reads = 0
+        var count = 0
+        let report = check.run { _ in
+            count += 1
+            reads = image.reads
+            return count < calls
+        }
+        #expect(report == nil)
+        #expect(image.reads == reads, "it goes on reading")
     }
 
     @Test func keepsTheFirstFindingsAndCountsAll() {

@@ -244,7 +244,10 @@ extension World {
         let report: PoolCheckReport
         do {
             // From its first word on the check reads without the pool's lock.
-            report = try pool.check { _ in isWalking = true }
+            report = try pool.check { _ in
+                isWalking = true
+                return true
+            }!
         } catch {
             if let failure { throw failure }
             if isTroubled || metadataDisk !== walked { return }

@@ -159,7 +159,7 @@ import ThinPool
         var answers: [Int32] = []
         do throws(PoolError) {
             let report = try bench.pool.check { _ in
-                guard answers.isEmpty else { return }
+                guard answers.isEmpty else { return true }
                 for round in 0..<rounds {
                     let requests = volumes.map {
                         bench.send(
@@ -169,6 +169,7 @@ import ThinPool
                     try? bench.settle()
                     answers += requests.map { bench.answer($0) ?? -1 }
                 }
+                return true
             }
             return (report, nil, answers)
         } catch { return (nil, error, answers) }

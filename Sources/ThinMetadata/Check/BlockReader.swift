@@ -16,11 +16,10 @@ extension MetadataCheck {
         /// Blocks that lie on the device whole.
         let blockCount: UInt64
         private(set) var blocksRead: UInt64 = 0
-        /// Called once a request.
-        var progress: () -> Void = {}
-        /// Asked once a request: whether nobody wants the rest. Then no block has bytes any more.
-        var stops: () -> Bool = { false }
-        private var isStopped = false
+        /// Called once a request; false ends the check.
+        var progress: () -> Bool = { true }
+        /// No block has bytes any more, and no findings come of that: the report is of no use.
+        private(set) var isEnded = false
 
         init(device: any BlockDevice, log: FindingLog) {
             self.device = device
@@ -33,7 +32,7 @@ extension MetadataCheck {
         deinit { buffer.deallocate() }
 
         /// Calls `body` with each block's position in `blocks` and its bytes, which are nil where
-        /// the device failed (that is logged) and which `body` must not keep.
+        /// the device failed (that is logged) or the check has ended, and which `body` must not keep.
         /// - Precondition: ascending, all below `blockCount`.
         func forEach(_ blocks: [UInt64], _ body: (Int, UnsafeRawPointer?) -> Void) {
             var start = 0
@@ -48,10 +47,11 @@ extension MetadataCheck {
                 readRun(blocks, start..<end, body)
                 blocksRead += UInt64(end - start)
                 start = end
-                progress()
-                isStopped = isStopped || stops()
+                report()
             }
         }
+
+        func report() { isEnded = !progress() || isEnded }
 
         /// One block, as `forEach`.
         func withBlock<R>(_ block: UInt64, _ body: (UnsafeRawPointer?) -> R) -> R {
@@ -63,7 +63,7 @@ extension MetadataCheck {
         private func readRun(
             _ blocks: [UInt64], _ run: Range<Int>, _ body: (Int, UnsafeRawPointer?) -> Void
         ) {
-            if isStopped {
+            if isEnded {
                 for i in run { body(i, nil) }
                 return
             }

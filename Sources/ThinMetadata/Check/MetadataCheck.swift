@@ -32,20 +32,14 @@ public struct MetadataCheck {
     }
 
     /// Checks the pool. Takes time in proportion to the metadata in use.
-    ///
-    /// - Parameter stops: asked now and then; once it says yes the check ends soon, and its report
-    ///   means nothing.
-    public mutating func run(
-        progress: (CheckProgress) -> Void = { _ in }, stops: () -> Bool = { false }
-    ) -> CheckReport {
+    public mutating func run() -> CheckReport { run { _ in true }! }
+
+    /// The same, as long as `progress` says true; otherwise nil.
+    public mutating func run(while progress: (CheckProgress) -> Bool) -> CheckReport? {
         withoutActuallyEscaping(progress) { progress in
-            withoutActuallyEscaping(stops) { stops in
-                let examination = Examination(
-                    device: device, dataDeviceBlocks: dataDeviceBlocks, progress: progress)
-                examination.reader.stops = stops
-                defer { examination.reader.stops = { false } }
-                return examination.run(superblock)
-            }
+            let examination = Examination(
+                device: device, dataDeviceBlocks: dataDeviceBlocks, progress: progress)
+            return examination.run(superblock)
         }
     }
 
@@ -58,12 +52,12 @@ public struct MetadataCheck {
         var report = CheckReport()
         /// False once mappings may have been missed: then the data blocks' counts are lower bounds.
         var sawAllMappings = true
-        private let progress: (CheckProgress) -> Void
+        private let progress: (CheckProgress) -> Bool
         private var blocksExpected: UInt64 = 0
 
         init(
             device: any BlockDevice, dataDeviceBlocks: UInt64?,
-            progress: @escaping (CheckProgress) -> Void
+            progress: @escaping (CheckProgress) -> Bool
         ) {
             self.dataDeviceBlocks = dataDeviceBlocks
             self.progress = progress
@@ -71,7 +65,7 @@ public struct MetadataCheck {
             claims = BlockClaims(blockCount: max(1, reader.blockCount), log: log)
         }
 
-        func run(_ given: [UInt8]?) -> CheckReport {
+        func run(_ given: [UInt8]?) -> CheckReport? {
             begin(.superblock)
             if let superblock = checkMainSuperblock(given) {
                 blocksExpected = superblock.metadataMap.allocatedCount
@@ -80,7 +74,8 @@ public struct MetadataCheck {
                 describe(superblock)
                 check(superblock)
             }
-            reader.progress = {}
+            reader.progress = { true }
+            guard !reader.isEnded else { return nil }
             report.findings = log.findings
             report.findingCount = log.count
             report.countBySeverity = log.countBySeverity
@@ -97,6 +92,7 @@ public struct MetadataCheck {
             begin(.mappings)
             let mappings = readMappings(of: devices, superblock)
             devices.rootNodes = mappings.rootNodes
+            guard !reader.isEnded else { return }
             check(devices, mappings.forest)
             begin(.dataCounts)
             checkDataCounts(dataMap, mappings.counts)
@@ -123,7 +119,7 @@ public struct MetadataCheck {
                         phase: phase, blocksRead: reader.blocksRead, blocksExpected: blocksExpected)
                 )
             }
-            reader.progress()
+            reader.report()
         }
     }
 }

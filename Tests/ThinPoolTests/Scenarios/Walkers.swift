@@ -189,10 +189,12 @@ import ThinPool
             rounds += 1
             #expect(throws: Never.self) { try Self.disturb(bench, volume, rounds) }
         }
-        let report = try bench.pool.check { _ in
-            // From here on the pool's lock is not held.
-            bench.metadataDisk.onRead = disturb
-        }
+        let report = try #require(
+            try bench.pool.check { _ in
+                // From here on the pool's lock is not held.
+                bench.metadataDisk.onRead = disturb
+                return true
+            })
         bench.metadataDisk.onRead = nil
         #expect(report.isClean, "\(report.metadata.findings) \(report.catalogue)")
         #expect(Self.numbers(report.metadata) == before)
