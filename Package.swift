@@ -20,7 +20,7 @@ let package = Package(
         .executableTarget(
             name: "wafer",
             dependencies: [
-                "Control", "NBDServer",
+                "Control", "NBDServer", "NBDProtocol", "ThinPool", "BlockIO",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ],
@@ -28,7 +28,7 @@ let package = Package(
         .target(
             name: "Control",
             dependencies: [
-                "NBDServer", "ThinPool", "ThinMetadata", "BlockIO", "CLinux",
+                "NBDServer", "NBDProtocol", "ThinPool", "ThinMetadata", "BlockIO", "CLinux",
                 .product(name: "Logging", package: "swift-log"),
             ],
             swiftSettings: swiftSettings),
@@ -117,7 +117,7 @@ let package = Package(
             swiftSettings: swiftSettings),
         .testTarget(
             name: "ThinPoolTests",
-            dependencies: ["Simulation", "ThinPool", "ThinMetadata", "BlockIO"],
+            dependencies: ["Simulation", "ThinPool", "ThinMetadata", "BlockIO", "CLinux"],
             swiftSettings: swiftSettings),
         .testTarget(
             name: "NBDServerTests",
