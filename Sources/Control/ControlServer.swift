@@ -300,20 +300,3 @@ public final class ControlServer: @unchecked Sendable {
 
     private var isStopping: Bool { connections.withLock { $0.isStopping } }
 }
-
-extension PoolChange {
-    /// For the log.
-    var words: String {
-        switch self {
-        case .create(let name, let size, _): "create volume \(name) of \(ByteSize(bytes: size))"
-        case .snapshot(let origin, let name, let readOnly, _):
-            "snapshot volume \(origin) as \(name)\(readOnly == true ? ", read-only" : "")"
-        case .set(let name, let readOnly, let description):
-            "set volume \(name)" + (readOnly.map { $0 ? " read-only" : " writable" } ?? "")
-                + (description == nil ? "" : ", its description")
-        case .delete(let name): "delete volume \(name)"
-        case .adopt(let id, let name, let size):
-            "adopt thin device \(id) as \(name) of \(ByteSize(bytes: size))"
-        }
-    }
-}

@@ -27,14 +27,12 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
     private static let pulse = 1000
 
     public init(
-        _ directory: PoolDirectory, purpose: Purpose, options: PoolOptions = PoolOptions(),
-        allowRing: Bool = true
+        _ directory: PoolDirectory, purpose: Purpose, options: PoolOptions = PoolOptions()
     ) throws(ControlError) {
         self.directory = directory
         self.purpose = purpose
         var options = options
         if purpose == .inspect { options.readOnly = true }
-        options.allowRing = allowRing
         let access: FileDevice.Access = options.readOnly ? .readOnly : .readWrite
         do throws(DeviceError) {
             metadata = try FileDevice(path: directory.metadataPath, access: access)
@@ -52,7 +50,7 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
             thread = nil
             return
         }
-        thread = PoolThread(pool: pool, metadata: metadata, data: data, allowRing: allowRing)
+        thread = PoolThread(pool: pool, metadata: metadata, data: data)
         thread?.start()
     }
 

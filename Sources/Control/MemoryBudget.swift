@@ -2,13 +2,14 @@
 // machine may be small and be writing to this very server.
 
 import Glibc
+import NBDServer
 
 enum MemoryBudget {
     /// Bytes of memory that the machine has.
     private static let machine = sysconf(Int32(_SC_PHYS_PAGES)) * sysconf(Int32(_SC_PAGESIZE))
 
     /// Payloads of requests in flight.
-    static let payloadBytes = share(8, from: 32 << 20, to: 256 << 20)
+    static let payloadBytes = share(8, from: 32 << 20, to: Server.Limits().payloadBytes)
     /// The map: metadata blocks and mapping tables.
     static let cacheBytes = share(8, from: 8 << 20, to: 320 << 20)
 

@@ -92,19 +92,3 @@ extension CheckResult {
         worst = CheckFinding.Severity.damage.rawValue
     }
 }
-
-extension CheckAdvance {
-    init(_ progress: CheckProgress) {
-        let phase =
-            switch progress.phase {
-            case .superblock: "superblock"
-            case .spaceMaps: "space maps"
-            case .devices: "devices"
-            case .mappings: "mappings"
-            case .dataCounts: "data block counts"
-            case .metadataCounts: "metadata block counts"
-            }
-        self.init(
-            phase: phase, blocksRead: progress.blocksRead, blocksExpected: progress.blocksExpected)
-    }
-}

@@ -53,18 +53,8 @@ public struct PoolPlan: Sendable {
                 "block size \(blockSize) is not possible: it is a multiple of 64 KiB, from 64 KiB "
                     + "to 1 GiB")
         }
-        if data == nil && dataSize == nil {
-            throw ControlError(
-                .refused, "a new pool needs --data-size, or --data with an existing device")
-        }
-        if let data, dataSize != nil {
-            throw ControlError(
-                .refused, "--data-size is for a new file: \(data) has its size already")
-        }
-        if let metadata, metadataSize != nil {
-            throw ControlError(
-                .refused, "--metadata-size is for a new file: \(metadata) has its size already")
-        }
+        precondition((data == nil) != (dataSize == nil), "a device or a file's size")
+        precondition(metadata == nil || metadataSize == nil, "a device has its size")
         if let dataSize { try validateData(size: dataSize, "--data-size") }
         if let metadataSize {
             guard metadataSize % UInt64(Layout.blockSize) == 0,

@@ -28,7 +28,7 @@ public enum PoolGrowth {
             if let metadataSize { try extend(metadata, to: metadataSize, reserving: true) }
             if let dataSize { try extend(data, to: dataSize, reserving: false) }
         } catch {
-            throw error.kind == .busy ? PoolAccess.busy(directory, error) : error
+            throw error.kind == .busy ? directory.inUse(error) : error
         }
         let pool = try LocalPool(directory, purpose: .change)
         if let reason = pool.pool.status().reason {

@@ -20,10 +20,6 @@ public final class PoolServer {
     private let logger: Logger
     private var isStopped = false
 
-    /// Milliseconds for which a locked pool is tried again: a command may be at work on it.
-    private static let patience = 5000
-    private static let pause: UInt32 = 50
-
     /// Descriptors that a reactor has beside its connections'.
     private static let filesOfReactor = 4
     /// What the pool, listeners, the management socket, its clients and a restart may have open.
@@ -37,9 +33,11 @@ public final class PoolServer {
         let tls = try options.tls.map { tls throws(ControlError) in
             try tls.configuration(logger)
         }
-        let allowRing = try Self.prepare(options, logger)
-        let maxConnections = Self.connectionLimit(options, logger)
-        let local = try Self.open(directory, options, allowRing: allowRing)
+        Self.prepareProcess(logger)
+        if options.requiresRing { try Self.requireRing() }
+        var options = options
+        options.limits.connections = Self.connectionLimit(options, logger)
+        let local = try Self.open(directory, options)
         self.local = local
         local.pool.onFailure = { error in
             logger.critical("the pool has failed and takes no more writes: \(error)")
@@ -50,9 +48,8 @@ public final class PoolServer {
             try? local.close()
             throw error
         }
-        var configuration = Self.configuration(directory, local, options, allowRing: allowRing)
+        var configuration = Self.configuration(directory, local, options)
         configuration.tls = tls
-        configuration.maxConnections = maxConnections
         let names = Set(local.pool.volumeNames())
         for name in tls?.requiredExports.subtracting(names).sorted() ?? [] {
             logger.warning("there is no volume \(name) yet, whose clients have to use TLS")
@@ -65,33 +62,21 @@ public final class PoolServer {
     }
 
     private static func configuration(
-        _ directory: PoolDirectory, _ local: LocalPool, _ options: ServeOptions, allowRing: Bool
+        _ directory: PoolDirectory, _ local: LocalPool, _ options: ServeOptions
     ) -> Server.Configuration {
         var configuration = Server.Configuration(dataFileDescriptor: local.data.fileDescriptor)
         configuration.dataInMemory = MemoryFile(local.data)
         configuration.dataIsRotational = local.data.isRotational
-        configuration.allowRing = allowRing
-        configuration.readOnly = options.pool.readOnly
-        configuration.reactors = options.reactors
-        configuration.payloadBytesTotal = options.payloadBytes
-
-        let paths = options.hasWayIn ? options.unixPaths : [directory.nbdSocketPath]
-        configuration.unixPaths = paths.map(socketPath)
-        configuration.unixAccess = options.unixAccess
-        configuration.tcpAddresses = options.tcpAddresses
-        configuration.listeningSockets = options.listeningSockets
-        configuration.connectedSocket = options.connectedSocket
-        configuration.onConnectedEnd = options.onConnectedEnd
-
-        configuration.inherited = options.inherited
-        configuration.defaultExport = options.defaultExport
-
+        configuration.listening = options.listening
+        if options.listening.isEmpty {
+            configuration.listening.unixPaths = [directory.nbdSocketPath]
+        }
+        configuration.listening.unixPaths = configuration.listening.unixPaths.map(socketPath)
+        configuration.limits = options.limits
         configuration.rules = options.rules
-        configuration.maxConnectionsOfClient = options.maxConnectionsOfClient
-        configuration.maxConnectionsToExport = options.maxConnectionsToExport
-        configuration.handshakeTimeout = options.handshakeTimeout
-        configuration.idleTimeout = options.idleTimeout
-        configuration.keepAliveSeconds = options.keepAliveSeconds
+        configuration.reactors = options.reactors
+        configuration.readOnly = options.pool.readOnly
+        configuration.defaultExport = options.defaultExport
         return configuration
     }
 
@@ -137,34 +122,26 @@ public final class PoolServer {
 
     // MARK: - Opening
 
-    private static func open(
-        _ directory: PoolDirectory, _ options: ServeOptions, allowRing: Bool
-    ) throws(ControlError) -> LocalPool {
-        var waited = 0
-        while true {
+    private static func open(_ directory: PoolDirectory, _ options: ServeOptions)
+        throws(ControlError) -> LocalPool
+    {
+        try directory.whileBusy { () throws(ControlError) in
             do throws(ControlError) {
-                return try LocalPool(
-                    directory, purpose: .change, options: options.pool, allowRing: allowRing)
+                return try LocalPool(directory, purpose: .change, options: options.pool)
             } catch {
-                guard error.kind == .busy else { throw error }
-                if try RemotePool.connect(directory) != nil {
-                    throw ControlError(
-                        .busy,
-                        "\(directory.path) is being served already"
-                            + (LockHolder.of(directory.metadataPath).map { " by process \($0)" }
-                                ?? "") + ": stop that server first")
+                guard error.kind == .busy, try RemotePool.connect(directory) != nil else {
+                    throw error
                 }
-                guard waited < patience else { throw PoolAccess.busy(directory, error) }
+                let holder = LockHolder.of(directory.metadataPath)
+                throw ControlError(
+                    .refused,
+                    "\(directory.path) is being served already"
+                        + (holder.map { " by process \($0)" } ?? "") + ": stop that server first")
             }
-            sleepMilliseconds(pause)
-            waited += Int(pause)
         }
     }
 
-    /// Settings of the process. Returns whether io_uring may be used.
-    private static func prepare(_ options: ServeOptions, _ logger: Logger) throws(ControlError)
-        -> Bool
-    {
+    private static func prepareProcess(_ logger: Logger) {
         logger.info("wafer \(waferVersion)")
         do throws(DeviceError) {
             try ProcessSettings.setIOFlusher()
@@ -172,27 +149,25 @@ public final class PoolServer {
         } catch {
             logger.info("not marked as an I/O flusher: \(error.reason)")
         }
-        if mayLockMemory {
-            do throws(DeviceError) {
-                try ProcessSettings.lockMemory()
-                logger.info("memory is locked")
-            } catch {
-                logger.info("memory is not locked: \(error.reason)")
-            }
-        } else {
+        guard mayLockMemory else {
             logger.info("memory is not locked: not root, and RLIMIT_MEMLOCK is limited")
+            return
         }
         do throws(DeviceError) {
-            let (queue, reason) = try makeIOQueue(entries: 8, allowRing: options.io != .poll)
-            let name = queue.name
-            if options.io == .uring, let reason {
-                throw DeviceError(
-                    operation: "use", path: "io_uring", code: 0,
-                    reason: "\(reason); --io auto does without")
-            }
-            logger.info("I/O engine: \(name)\(reason.map { " (\($0))" } ?? "")")
+            try ProcessSettings.lockMemory()
+            logger.info("memory is locked")
+        } catch {
+            logger.info("memory is not locked: \(error.reason)")
+        }
+    }
+
+    private static func requireRing() throws(ControlError) {
+        do throws(DeviceError) {
+            guard let reason = try makeIOQueue(entries: 8).fallbackReason else { return }
+            throw DeviceError(
+                operation: "use", path: "io_uring", code: 0,
+                reason: "\(reason); --io auto does without")
         } catch { throw ControlError(error) }
-        return options.io != .poll
     }
 
     /// As many connections as there can be descriptors: those without one would wait for strangers
@@ -200,7 +175,7 @@ public final class PoolServer {
     private static func connectionLimit(_ options: ServeOptions, _ logger: Logger) -> Int {
         let files = Int(clamping: ProcessSettings.raiseFileLimit())
         let room = max(files - otherFiles - options.reactors * filesOfReactor, 1)
-        guard room < options.maxConnections else { return options.maxConnections }
+        guard room < options.limits.connections else { return options.limits.connections }
         logger.warning(
             """
             there will be no more than \(room) connections at once, because the limit of open \
@@ -237,5 +212,3 @@ public final class PoolServer {
         if let shortage = local.shortage { logger.warning("\(shortage)") }
     }
 }
-
-public let waferVersion = "0.1.0"

@@ -5,29 +5,20 @@ import NBDProtocol
 import NBDServer
 
 public struct TLSOptions: Sendable {
-    public enum Use: String, Sendable, CaseIterable {
-        /// Clients may begin with TLS, and need not.
-        case on
-        /// Nothing is served without TLS.
-        case require
-    }
-    public enum Kernel: String, Sendable, CaseIterable {
-        case off, auto, always
-    }
-
-    public var use: Use
+    /// Not `.off`.
+    public var policy: TLSPolicy
     public var credentials = TLSSettings()
     public var requiredExports: Set<String> = []
-    public var kernel = Kernel.auto
+    public var kernel = KernelTLSUse.auto
 
-    public init(_ use: Use) { self.use = use }
+    public init(_ policy: TLSPolicy) { self.policy = policy }
 
     /// Reads certificates and keys.
     func configuration(_ logger: Logger) throws(ControlError) -> TLSConfiguration {
         do throws(ServerError) {
             let credentials = try TLSCredentials(credentials)
             for warning in credentials.warnings { logger.warning("\(warning)") }
-            if use == .on {
+            if policy == .on {
                 logger.warning(
                     """
                     TLS is optional (--tls=on): clients may come in plaintext, and who controls \
@@ -35,8 +26,8 @@ public struct TLSOptions: Sendable {
                     """)
             }
             return TLSConfiguration(
-                credentials: credentials, policy: use == .on ? .on : .require,
-                requiredExports: requiredExports, kernel: KernelTLSUse(rawValue: kernel.rawValue)!)
+                credentials: credentials, policy: policy, requiredExports: requiredExports,
+                kernel: kernel)
         } catch { throw ControlError(.device, error.description) }
     }
 }

@@ -12,7 +12,7 @@
 //                                  draining        finished (GO, EXPORT_NAME, ABORT)
 
 /// Whether clients may, or have to, ask for TLS.
-public enum TLSPolicy: Sendable, Codable {
+public enum TLSPolicy: String, Sendable, Codable, CaseIterable {
     case off
     /// Those that ask for it get it; exports may require it.
     case on

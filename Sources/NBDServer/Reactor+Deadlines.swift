@@ -84,7 +84,7 @@ extension Reactor {
 
     /// Ends the connection if it has been idle too long; true if it can be.
     private func watchIdleness(of connection: Connection) -> Bool {
-        guard let idleTimeout = shared.configuration.idleTimeout else { return false }
+        guard let idleTimeout = shared.configuration.limits.idleTimeout else { return false }
         if connection.transmission!.inFlight > 0 {
             connection.activity.restart(connection.moved, at: tick)
         } else if connection.activity.hasStood(
@@ -97,7 +97,7 @@ extension Reactor {
 
     private func hasStalled(_ connection: Connection, unlessMoved least: UInt64) -> Bool {
         connection.progress.hasStood(
-            still: ticks(shared.configuration.stallTimeout), connection.moved, at: tick,
+            still: ticks(shared.configuration.limits.stallTimeout), connection.moved, at: tick,
             unlessMoved: least)
     }
 

@@ -89,7 +89,7 @@ extension Reactor {
     func welcomeFirst(_ socket: Int32) {
         guard let arrival = admit(socket, to: number) else {
             close(socket)
-            shared.configuration.onConnectedEnd()
+            shared.configuration.listening.onConnectedEnd()
             return
         }
         firstSession = arrival.session
@@ -132,7 +132,7 @@ extension Reactor {
         case .admitted(let session, let displaced):
             if let displaced { shared.mailboxes[displaced.reactor].displace(displaced) }
             SocketSettings.prepare(
-                socket, keepAliveSeconds: shared.configuration.keepAliveSeconds)
+                socket, keepAliveSeconds: shared.configuration.limits.keepAliveSeconds)
             return Arrival(
                 socket: socket, peer: peer, isReadOnly: decision == .allowReadOnly,
                 session: session, inherited: inherited)

@@ -93,7 +93,7 @@ final class Reactor {
         kernelTLS = shared.configuration.tls?.kernel ?? .off
         let configuration = shared.configuration
         let (queue, fallbackReason) = try makeIOQueue(
-            entries: Self.queueEntries, allowRing: configuration.allowRing)
+            entries: Self.queueEntries, allowRing: shared.pool.options.allowRing)
         self.queue = queue
         farewells = Farewells(queue: queue)
         if number == 0 {
@@ -107,17 +107,18 @@ final class Reactor {
         engine = VolumeIO(pool: shared.pool, io: data, wake: { mailbox.nudge() })
         buffers = BufferPool(
             capacity: max(
-                configuration.payloadBytesTotal / configuration.reactors, BufferPool.largest))
+                configuration.limits.payloadBytes / configuration.reactors, BufferPool.largest))
         doors = listeners.map { Door(listener: $0) }
-        capacity = configuration.maxConnections + Self.endingCapacity
+        capacity = configuration.limits.connections + Self.endingCapacity
         connections = .allocate(capacity: capacity)
         connections.initialize(repeating: nil, count: capacity)
         freeIndices = Array((0..<capacity).reversed())
         marked = .allocate(capacity: capacity)
         completions = .allocate(capacity: completionCapacity)
+        let limits = configuration.limits
         let shortest = min(
-            configuration.handshakeTimeout, configuration.stopTimeout, configuration.stallTimeout,
-            configuration.idleTimeout ?? configuration.stallTimeout)
+            limits.handshakeTimeout, limits.stopTimeout, limits.stallTimeout,
+            limits.idleTimeout ?? limits.stallTimeout)
         tickNanoseconds = min(
             max(Self.nanoseconds(shortest) / 4, Self.shortestTick), Self.longestTick)
     }
@@ -134,8 +135,11 @@ final class Reactor {
     /// Serves until it is told to stop and everything has come to its end.
     func run() {
         queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
-        if number == 0, let socket = shared.configuration.connectedSocket { welcomeFirst(socket) }
-        if number == 0, let inherited = shared.configuration.inherited { welcome(inherited) }
+        if number == 0 {
+            let listening = shared.configuration.listening
+            if let socket = listening.connectedSocket { welcomeFirst(socket) }
+            if let inherited = listening.inherited { welcome(inherited) }
+        }
         for index in doors.indices { accept(index) }
         do throws(DeviceError) {
             while !isFinished { try turn() }
@@ -366,7 +370,7 @@ final class Reactor {
                 connection.socket, into: space.baseAddress!, length: space.count,
                 tag: tag.rawValue)
         }
-        if connection.phase != .transmission || shared.configuration.idleTimeout != nil {
+        if connection.phase != .transmission || shared.configuration.limits.idleTimeout != nil {
             startTicking()
         }
     }
@@ -448,7 +452,7 @@ final class Reactor {
             shared.admission.leave(session)
         {
             farewells.begin(
-                socket, session, deadline: tick + ticks(shared.configuration.stallTimeout),
+                socket, session, deadline: tick + ticks(shared.configuration.limits.stallTimeout),
                 usesKernelTLS: connection.usesKernelTLS)
             startTicking()
         } else {
@@ -483,7 +487,7 @@ final class Reactor {
     private func dismiss(_ socket: Int32, _ session: Admission.Session) {
         close(socket)
         shared.admission.forget(session)
-        if session == firstSession { shared.configuration.onConnectedEnd() }
+        if session == firstSession { shared.configuration.listening.onConnectedEnd() }
     }
 
     func adopt(_ arrival: Arrival) {
@@ -499,7 +503,7 @@ final class Reactor {
         let connection = Connection(
             socket: arrival.socket, index: index, generation: generation,
             peer: arrival.peer.description, exports: exports, buffers: buffers, tick: tick,
-            handshakeDeadline: tick + ticks(shared.configuration.handshakeTimeout),
+            handshakeDeadline: tick + ticks(shared.configuration.limits.handshakeTimeout),
             tls: shared.configuration.tls, session: session)
         connections[index] = connection
         connectionCount += 1
@@ -536,7 +540,7 @@ final class Reactor {
     // MARK: - Stopping
 
     private func beginToStop() {
-        stopDeadline = tick + ticks(shared.configuration.stopTimeout)
+        stopDeadline = tick + ticks(shared.configuration.limits.stopTimeout)
         startTicking()
         for index in doors.indices where doors[index].isOpen {
             if doors[index].isPausing || doors[index].listener.isInherited {

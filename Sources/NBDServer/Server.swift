@@ -17,66 +17,6 @@ import ThinPool
 ///
 /// `start` and `stop` are called from one thread, or one after the other.
 public final class Server {
-    public struct Configuration: Sendable {
-        /// Unix sockets to listen on.
-        public var unixPaths: [String] = []
-        /// Who may connect to those, by their place in the file system.
-        public var unixAccess = UnixAccess()
-        /// Addresses to listen on. A host of "" or "*" is every address; port 0 is any free one.
-        public var tcpAddresses: [(host: String, port: UInt16)] = []
-        /// Sockets that listen already, and stay the caller's: who connects when nobody accepts
-        /// waits for the next server.
-        public var listeningSockets: [Int32] = []
-        /// A client that is connected already; the server closes the socket.
-        public var connectedSocket: Int32?
-        /// Called when that client has gone, on a thread of the server's.
-        public var onConnectedEnd: @Sendable () -> Void = {}
-        /// What another server has left; then nothing is bound.
-        public var inherited: HandOver?
-        /// Who is let in, and who may only read.
-        public var rules: [AccessRule] = []
-        /// Threads that serve.
-        public var reactors = 2
-        public var readOnly = false
-        /// The export for clients that name none; nil: the only volume, if there is only one.
-        public var defaultExport: String?
-        /// The data device is a disk that turns.
-        public var dataIsRotational = false
-        /// Connections at once. More take the places of those in their handshake; where there are
-        /// none they are closed as soon as they are accepted.
-        public var maxConnections = 1000
-        /// The same for one address (IPv6: one /64) or one user; nil: no limit of its own.
-        public var maxConnectionsOfClient: Int?
-        /// More are refused when they ask for the export; nil: no limit of its own.
-        public var maxConnectionsToExport: Int?
-        /// Bytes for the payloads of all requests in flight. Each reactor has an equal share, and
-        /// never less than the longest request needs.
-        public var payloadBytesTotal = 256 << 20
-        /// The pool's data device, open for reading and writing. Stays the caller's.
-        public var dataFileDescriptor: Int32
-        /// The same, if it is a file in memory: its I/O is done at once, not queued.
-        public var dataInMemory: MemoryFile?
-        /// Use io_uring where the system has it.
-        public var allowRing = true
-        /// A client has to have chosen its export after this long.
-        public var handshakeTimeout = Duration.seconds(10)
-        /// How long `stop` waits for clients to take their replies.
-        public var stopTimeout = Duration.seconds(5)
-        /// A client that leaves, or holds memory that others wait for, must not stand still longer.
-        public var stallTimeout = Duration.seconds(10)
-        /// A connection with nothing under way and no traffic for so long is ended; nil: none is.
-        public var idleTimeout: Duration?
-        /// Seconds without traffic before TCP asks whether the client is still there; nil: never.
-        public var keepAliveSeconds: Int? = 60
-
-        /// nil: no TLS.
-        public var tls: TLSConfiguration?
-
-        public init(dataFileDescriptor: Int32) {
-            self.dataFileDescriptor = dataFileDescriptor
-        }
-    }
-
     private let pool: Pool
     private let configuration: Configuration
     private let logger: Logger
@@ -86,7 +26,7 @@ public final class Server {
     public init(pool: Pool, configuration: Configuration, logger: Logger) {
         var configuration = configuration
         configuration.reactors = max(configuration.reactors, 1)
-        configuration.maxConnections = max(configuration.maxConnections, 1)
+        configuration.limits.connections = max(configuration.limits.connections, 1)
         self.pool = pool
         self.configuration = configuration
         self.logger = logger
@@ -143,16 +83,17 @@ public final class Server {
     }
 
     private func listeners() throws(ServerError) -> [Listener] {
-        if let inherited = configuration.inherited { return inherited.listeners }
+        let listening = configuration.listening
+        if let inherited = listening.inherited { return inherited.listeners }
         var listeners: [Listener] = []
         do throws(ServerError) {
-            for path in configuration.unixPaths {
-                listeners.append(try Listener.unix(path: path, access: configuration.unixAccess))
+            for path in listening.unixPaths {
+                listeners.append(try Listener.unix(path: path, access: listening.unixAccess))
             }
-            for address in configuration.tcpAddresses {
+            for address in listening.tcpAddresses {
                 listeners += try Listener.tcp(host: address.host, port: address.port)
             }
-            for socket in configuration.listeningSockets {
+            for socket in listening.sockets {
                 listeners.append(try Listener.inherited(socket))
             }
         } catch {
@@ -207,9 +148,9 @@ final class ServerState: Sendable {
         exportSettings = settings
         admission = Admission(
             Admission.Limits(
-                total: configuration.maxConnections,
-                ofClient: configuration.maxConnectionsOfClient,
-                ofExport: configuration.maxConnectionsToExport))
+                total: configuration.limits.connections,
+                ofClient: configuration.limits.connectionsOfClient,
+                ofExport: configuration.limits.connectionsToExport))
     }
 }
 

@@ -78,7 +78,7 @@ public final class Pool: @unchecked Sendable {
 
     let lock = PoolLock()
     let epochs = Epochs()
-    let options: PoolOptions
+    public let options: PoolOptions
     let metadataDevice: any BlockDevice
     let dataDevice: any BlockDevice
     /// Bytes.

@@ -18,7 +18,6 @@ public final class PoolThread: @unchecked Sendable {
     private let pool: Pool
     private let metadata: FileDevice
     private let data: FileDevice
-    private let allowRing: Bool
     private var thread = pthread_t()
     private var isStopping = false
     private var isDraining = false
@@ -27,11 +26,10 @@ public final class PoolThread: @unchecked Sendable {
     private let buffer: UnsafeMutableRawPointer
     private let vectors: UnsafeMutablePointer<iovec>
 
-    public init(pool: Pool, metadata: FileDevice, data: FileDevice, allowRing: Bool = true) {
+    public init(pool: Pool, metadata: FileDevice, data: FileDevice) {
         self.pool = pool
         self.metadata = metadata
         self.data = data
-        self.allowRing = allowRing
         buffer = aligned_alloc(4096, Self.batchBlocks * Layout.blockSize)!
         vectors = .allocate(capacity: Self.batchBlocks)
     }
@@ -68,7 +66,9 @@ public final class PoolThread: @unchecked Sendable {
 
     private func run() {
         let nodes = pool.makeNodeReader()
-        queue = try? makeIOQueue(entries: Self.queueEntries, allowRing: allowRing).0
+        queue = try? makeIOQueue(
+            entries: Self.queueEntries, allowRing: pool.options.allowRing
+        ).0
         pool.lock.lock()
         defer { pool.lock.unlock() }
         while true {

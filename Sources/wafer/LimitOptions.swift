@@ -2,10 +2,13 @@
 
 import ArgumentParser
 import Control
+import NBDServer
 
 struct LimitOptions: ParsableArguments {
+    private static let defaults = Server.Limits()
+
     @Option(help: ArgumentHelp("Connections at once.", valueName: "n"))
-    var maxConnections = 1000
+    var maxConnections = Self.defaults.connections
     @Option(
         help: ArgumentHelp(
             "Connections of one address or user at once (default: no limit of its own).",
@@ -18,7 +21,7 @@ struct LimitOptions: ParsableArguments {
     @Option(
         parsing: .unconditional,
         help: ArgumentHelp("Seconds for a client to choose its export.", valueName: "seconds"))
-    var handshakeTimeout = 10.0
+    var handshakeTimeout = Self.defaults.handshakeTimeout / .seconds(1)
     @Option(
         parsing: .unconditional,
         help: ArgumentHelp(
@@ -30,7 +33,7 @@ struct LimitOptions: ParsableArguments {
         help: ArgumentHelp(
             "Seconds without traffic before TCP asks whether the client is there; 0: never.",
             valueName: "seconds"))
-    var keepalive = 60
+    var keepalive = Self.defaults.keepAliveSeconds ?? 0
     @Option(
         parsing: .unconditional,
         help: ArgumentHelp(
@@ -71,13 +74,13 @@ struct LimitOptions: ParsableArguments {
         }
     }
 
-    func apply(to options: inout ServeOptions) {
-        options.maxConnections = maxConnections
-        options.maxConnectionsOfClient = maxConnectionsPerClient
-        options.maxConnectionsToExport = maxConnectionsPerExport
-        options.handshakeTimeout = .milliseconds(Int64(handshakeTimeout * 1000))
-        options.idleTimeout = idleTimeout.map { .milliseconds(Int64($0 * 1000)) }
-        options.keepAliveSeconds = keepalive == 0 ? nil : keepalive
-        if let payloadMemory { options.payloadBytes = Int(payloadMemory.bytes) }
+    func apply(to limits: inout Server.Limits) {
+        limits.connections = maxConnections
+        limits.connectionsOfClient = maxConnectionsPerClient
+        limits.connectionsToExport = maxConnectionsPerExport
+        limits.handshakeTimeout = .seconds(handshakeTimeout)
+        limits.idleTimeout = idleTimeout.map { .seconds($0) }
+        limits.keepAliveSeconds = keepalive == 0 ? nil : keepalive
+        if let payloadMemory { limits.payloadBytes = Int(payloadMemory.bytes) }
     }
 }

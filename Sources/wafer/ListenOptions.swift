@@ -40,7 +40,7 @@ struct ListenOptions: ParsableArguments {
     }
 
     /// Takes over what the process has been given, too: once, before there are threads.
-    func apply(to options: inout ServeOptions) throws {
+    func apply(to listening: inout Server.Listening) throws {
         let inherited = try SocketActivation.takeSockets()
         if !inherited.isEmpty {
             guard !stdio && unix.isEmpty && listen.isEmpty && unixMode == nil && unixOwner == nil
@@ -52,13 +52,13 @@ struct ListenOptions: ParsableArguments {
                     """)
             }
         }
-        options.listeningSockets = inherited
-        options.unixPaths = unix
-        if let unixMode { options.unixAccess.mode = unixMode }
-        options.unixAccess.user = unixOwner?.user
-        options.unixAccess.group = unixOwner?.group
-        options.tcpAddresses = listen.map { ($0.host, $0.port) }
-        if stdio { options.connectedSocket = try StandardSocket.take() }
+        listening.sockets = inherited
+        listening.unixPaths = unix
+        if let unixMode { listening.unixAccess.mode = unixMode }
+        listening.unixAccess.user = unixOwner?.user
+        listening.unixAccess.group = unixOwner?.group
+        listening.tcpAddresses = listen.map { ($0.host, $0.port) }
+        if stdio { listening.connectedSocket = try StandardSocket.take() }
     }
 
     private static let modes: ClosedRange<UInt32> = 0...0o777

@@ -7,6 +7,7 @@ import ArgumentParser
 import Control
 import Glibc
 import Logging
+import ThinPool
 
 struct ServeCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
@@ -50,9 +51,9 @@ struct ServeCommand: ParsableCommand {
         parsing: .unconditional,
         help: ArgumentHelp(
             "Seconds between a change and its commit, if no client flushes.", valueName: "seconds"))
-    var commitInterval = 1.0
+    var commitInterval = Double(PoolOptions().commitInterval) / 1e9
     @Option(help: ArgumentHelp("I/O engine: auto, uring or poll.", valueName: "engine"))
-    var io = ServeOptions.IOChoice.auto
+    var io = IOChoice.auto
     @OptionGroup(title: "TLS") var tls: TLSArguments
     @Option(
         help: ArgumentHelp(
@@ -93,7 +94,7 @@ struct ServeCommand: ParsableCommand {
             }
         }
         var options = try options()
-        options.inherited = try Successor.inherited()
+        options.listening.inherited = try Successor.inherited()
         let server = try PoolServer(pool.path, options, logger: logger)
         let uris = try server.start()
         do {
@@ -102,7 +103,7 @@ struct ServeCommand: ParsableCommand {
             try? server.stop()
             throw error
         }
-        if let inherited = options.inherited {
+        if let inherited = options.listening.inherited {
             logger.info("took over", metadata: ["clients": "\(inherited.clientCount)"])
         } else {
             for uri in uris { print("listening on \(uri)") }
@@ -133,13 +134,14 @@ struct ServeCommand: ParsableCommand {
 
     private func options() throws -> ServeOptions {
         var options = ServeOptions()
-        try listening.apply(to: &options)
-        options.onConnectedEnd = { kill(getpid(), Self.lastClientGone) }
+        try listening.apply(to: &options.listening)
+        options.listening.onConnectedEnd = { kill(getpid(), Self.lastClientGone) }
         options.rules = access.rules
-        limits.apply(to: &options)
+        limits.apply(to: &options.limits)
         let processors = sysconf(Int32(_SC_NPROCESSORS_ONLN))
         options.reactors = reactors ?? min(max(processors, 1), Self.defaultMaxReactors)
-        options.io = io
+        options.pool.allowRing = io != .poll
+        options.requiresRing = io == .uring
         options.tls = tls.options
         options.defaultExport = defaultExport
         options.pool.readOnly = readOnly
@@ -209,4 +211,11 @@ struct ServeCommand: ParsableCommand {
     }
 }
 
-extension ServeOptions.IOChoice: ExpressibleByArgument {}
+enum IOChoice: String, CaseIterable, ExpressibleByArgument {
+    /// io_uring where the system has it.
+    case auto
+    /// io_uring or nothing.
+    case uring
+    /// poll and plain reads and writes.
+    case poll
+}

@@ -2,15 +2,15 @@
 
 import ArgumentParser
 import Control
+import NBDProtocol
+import NBDServer
 
 struct TLSArguments: ParsableArguments {
-    enum Use: String, CaseIterable, ExpressibleByArgument { case off, on, require }
-
     @Option(
         help: ArgumentHelp(
             "TLS: off (default), on (clients may come in plaintext, too) or require.",
             valueName: "off|on|require"))
-    var tls: Use?
+    var tls: TLSPolicy?
     @Option(
         help: ArgumentHelp(
             "Directory of server-cert.pem, server-key.pem, ca-cert.pem and maybe ca-crl.pem.",
@@ -40,7 +40,7 @@ struct TLSArguments: ParsableArguments {
         help: ArgumentHelp(
             "TLS by the kernel: off, auto (default: where no client's new key can end the "
                 + "connection) or always.", valueName: "off|auto|always"))
-    var tlsKernel: TLSOptions.Kernel?
+    var tlsKernel: KernelTLSUse?
 
     func validate() throws {
         guard let tls else {
@@ -78,17 +78,18 @@ struct TLSArguments: ParsableArguments {
     }
 
     var options: TLSOptions? {
-        guard let tls, let use = TLSOptions.Use(rawValue: tls.rawValue) else { return nil }
-        var options = TLSOptions(use)
+        guard let tls, tls != .off else { return nil }
+        var options = TLSOptions(tls)
         options.credentials.certificates = tlsCertificates
         options.credentials.presharedKeys = tlsPsk
         options.credentials.verifiesClients = tlsVerifyPeer
         options.credentials.allowedNames = tlsAllowDn
         options.credentials.priority = tlsPriority
         options.requiredExports = Set(tlsRequireExport)
-        options.kernel = tlsKernel ?? .auto
+        if let tlsKernel { options.kernel = tlsKernel }
         return options
     }
 }
 
-extension TLSOptions.Kernel: ExpressibleByArgument {}
+extension TLSPolicy: ExpressibleByArgument {}
+extension KernelTLSUse: ExpressibleByArgument {}

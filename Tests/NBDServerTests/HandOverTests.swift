@@ -29,7 +29,7 @@ import Testing
         func next() throws -> Int {
             let left = (present ?? first.server).handOver()
             var configuration = configuration
-            configuration.inherited = left
+            configuration.listening.inherited = left
             let recorder = log
             let server = Server(
                 pool: first.pool.pool, configuration: configuration,
@@ -56,8 +56,8 @@ import Testing
     /// There is no room for strangers, and those who are in are not the ones to make it.
     @Test(arguments: [nil, count]) func strangersDisplaceNobody(ofClient: Int?) throws {
         let succession = try Succession {
-            $0.maxConnections = ofClient == nil ? Self.count : 10 * Self.count
-            $0.maxConnectionsOfClient = ofClient
+            $0.limits.connections = ofClient == nil ? Self.count : 10 * Self.count
+            $0.limits.connectionsOfClient = ofClient
         }
         let clients = try clients(succession)
         let isOver = Atomic<Bool>(false)

@@ -16,7 +16,7 @@ import ThinPool
         ring: Bool = true, _ configure: (inout Server.Configuration) -> Void = { _ in }
     ) throws -> TestServer {
         try TestServer(ring: ring) {
-            $0.tcpAddresses = [("127.0.0.1", 0)]
+            $0.listening.tcpAddresses = [("127.0.0.1", 0)]
             configure(&$0)
         }
     }
@@ -59,7 +59,7 @@ import ThinPool
     }
 
     @Test(arguments: [true, false]) func repliesOutliveTheServer(ring: Bool) throws {
-        let server = try server(ring: ring) { $0.stopTimeout = .seconds(20) }
+        let server = try server(ring: ring) { $0.limits.stopTimeout = .seconds(20) }
         let client = try client(server)
         let bytes = [UInt8](repeating: 0x41, count: 32 << 20)
         let requests =
@@ -91,7 +91,7 @@ import ThinPool
 
     /// Clients that were told the end and do nothing about it.
     @Test func stopDoesNotWaitForWhoHasEverything() throws {
-        let server = try server { $0.stopTimeout = .seconds(20) }
+        let server = try server { $0.limits.stopTimeout = .seconds(20) }
         let idle = try client(server)
         let leaving = try client(server)
         try leaving.disconnect()
@@ -106,8 +106,8 @@ import ThinPool
     /// Who has said DISC and leaves its end open keeps neither the volume nor a place.
     @Test func whoHasLeftHoldsNothing() throws {
         let server = try server {
-            $0.maxConnections = 3
-            $0.maxConnectionsToExport = 3
+            $0.limits.connections = 3
+            $0.limits.connectionsToExport = 3
         }
         let left = try (0..<3).map { _ in try client(server) }
         for client in left { try client.disconnect() }
@@ -124,7 +124,7 @@ import ThinPool
 
     /// In the end the server hangs up whatever the client does.
     @Test(arguments: [true, false]) func itEndsIfTheClientDoesNot(ring: Bool) throws {
-        let server = try server(ring: ring) { $0.stallTimeout = .milliseconds(300) }
+        let server = try server(ring: ring) { $0.limits.stallTimeout = .milliseconds(300) }
         let client = try client(server)
         try client.disconnect()
         let bytes = [UInt8](repeating: 0x41, count: 64 << 10)
@@ -140,8 +140,8 @@ import ThinPool
     @Test(arguments: [true, false]) func leavingWithoutHaste(ring: Bool) throws {
         let server = try server(ring: ring) {
             $0.reactors = 1
-            $0.payloadBytesTotal = 64 << 20
-            $0.stallTimeout = .seconds(2)
+            $0.limits.payloadBytes = 64 << 20
+            $0.limits.stallTimeout = .seconds(2)
         }
         let patient = try Client(unix: server.socketPath, export: "alpha", timeout: 10)
         let hoarders = try (0..<2).map { _ in try client(server, hasLittleRoom: true) }

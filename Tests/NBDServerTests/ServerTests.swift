@@ -91,7 +91,7 @@ import ThinPool
     /// A client that comes back is let in only when nothing of its last connection is under way, or
     /// an old write could undo what it writes next. However long that takes: the client is not slow.
     @Test(arguments: [true, false]) func aFencedVolumeIsOpenedWhenTheFenceIsGone(ring: Bool) throws {
-        let server = try TestServer(ring: ring) { $0.handshakeTimeout = .milliseconds(400) }
+        let server = try TestServer(ring: ring) { $0.limits.handshakeTimeout = .milliseconds(400) }
         let volume = try #require(server.pool.pool.open(exportNamed: "alpha"))
         defer { server.pool.pool.close(volume) }
         volume.addFence()
@@ -287,8 +287,8 @@ import ThinPool
 
     @Test func halfOpenHandshakesAreEnded() throws {
         let server = try TestServer {
-            $0.maxConnections = 20
-            $0.handshakeTimeout = .seconds(1)
+            $0.limits.connections = 20
+            $0.limits.handshakeTimeout = .seconds(1)
         }
         let early = try Client(unix: server.socketPath, export: "alpha")
         let silent = try (0..<24).map { _ in try Client(unix: server.socketPath) }
@@ -303,8 +303,8 @@ import ThinPool
 
     @Test func connectionsAreCounted() throws {
         let server = try TestServer(volumes: [("alpha", mebibyte), ("beta", mebibyte)]) {
-            $0.maxConnections = 8
-            $0.maxConnectionsToExport = 6
+            $0.limits.connections = 8
+            $0.limits.connectionsToExport = 6
         }
         // Every way to go, many times: each gives its place back.
         for _ in 0..<30 {
@@ -350,7 +350,7 @@ import ThinPool
     }
 
     @Test func idleConnectionsAreEnded() throws {
-        let server = try TestServer { $0.idleTimeout = .milliseconds(400) }
+        let server = try TestServer { $0.limits.idleTimeout = .milliseconds(400) }
         let idle = try Client(unix: server.socketPath, export: "alpha")
         let busy = try Client(unix: server.socketPath, export: "alpha")
         for _ in 0..<30 {
@@ -377,14 +377,14 @@ import ThinPool
             }
         }
         let early = #expect(throws: ServerError.self) {
-            try TestServer(ring: ring) { $0.listeningSockets = [listener] }
+            try TestServer(ring: ring) { $0.listening.sockets = [listener] }
         }
         #expect(early?.description.contains("does not listen") == true)
         #expect(listen(listener, 5) == 0)
         for _ in 0..<3 {
             // One comes before its server.
             let waiting = try Client(unix: path)
-            let server = try TestServer(ring: ring) { $0.listeningSockets = [listener] }
+            let server = try TestServer(ring: ring) { $0.listening.sockets = [listener] }
             #expect(server.uris.last == "nbd+unix:///?socket=\(path)")
             try waiting.negotiate("alpha")
             #expect(try Client(unix: path, export: "alpha").read(0, 512).count == 512)
@@ -406,7 +406,7 @@ import ThinPool
             (datagrams, "stream"), (ends[0], "does not listen"), (file, "not a Unix or TCP socket"),
         ] {
             let failure = #expect(throws: ServerError.self) {
-                try TestServer { $0.listeningSockets = [descriptor] }
+                try TestServer { $0.listening.sockets = [descriptor] }
             }
             #expect(failure?.description.contains(words) == true, "\(failure as Any)")
         }
@@ -419,9 +419,9 @@ import ThinPool
             let given = ends[1]
             let ended = Mutex(false)
             let server = try TestServer {
-                $0.connectedSocket = given
+                $0.listening.connectedSocket = given
                 $0.rules = rules
-                $0.onConnectedEnd = { ended.withLock { $0 = true } }
+                $0.listening.onConnectedEnd = { ended.withLock { $0 = true } }
             }
             let client = Client(connected: ends[0])
             if rules.isEmpty {
@@ -439,7 +439,7 @@ import ThinPool
 
     @Test func refusedClientsAreHungUpOnAtOnce() throws {
         let server = try TestServer {
-            $0.tcpAddresses = [("127.0.0.1", 0)]
+            $0.listening.tcpAddresses = [("127.0.0.1", 0)]
             $0.rules = try! [AccessRule(.deny, "unix")]
         }
         // Not one byte, and not a line of the log for each.
@@ -454,7 +454,7 @@ import ThinPool
 
     @Test func someClientsMayOnlyRead() throws {
         let server = try TestServer {
-            $0.tcpAddresses = [("127.0.0.1", 0)]
+            $0.listening.tcpAddresses = [("127.0.0.1", 0)]
             $0.rules = try! [AccessRule(.allowReadOnly, "tcp"), AccessRule(.allow, "unix")]
         }
         let writer = try Client(unix: server.socketPath, export: "alpha")
@@ -469,15 +469,15 @@ import ThinPool
 
     @Test func modesOfSockets() throws {
         for mode: UInt32 in [0o600, 0o660, 0o666, 0o000] {
-            let server = try TestServer { $0.unixAccess.mode = mode }
+            let server = try TestServer { $0.listening.unixAccess.mode = mode }
             var status = stat()
             #expect(stat(server.socketPath, &status) == 0)
             #expect(UInt32(status.st_mode & 0o777) == mode)
         }
         if geteuid() == 0 {
             let server = try TestServer {
-                $0.unixAccess.user = 12
-                $0.unixAccess.group = 34
+                $0.listening.unixAccess.user = 12
+                $0.listening.unixAccess.group = 34
             }
             var status = stat()
             #expect(stat(server.socketPath, &status) == 0)
@@ -503,7 +503,7 @@ import ThinPool
             let counts = Mutex((tried: 0, won: 0, isOver: false))
             let threads = (0..<4).map { _ in
                 TestThread {
-                    let server = try? TestServer { $0.unixPaths = [path] }
+                    let server = try? TestServer { $0.listening.unixPaths = [path] }
                     counts.withLock {
                         $0.tried += 1
                         if server != nil { $0.won += 1 }
@@ -551,8 +551,8 @@ import ThinPool
     func memoryIsTakenFromThoseWhoHoardIt(ring: Bool, length: UInt32) throws {
         let server = try TestServer(ring: ring) {
             $0.reactors = 1
-            $0.payloadBytesTotal = 64 << 20
-            $0.stallTimeout = .milliseconds(300)
+            $0.limits.payloadBytes = 64 << 20
+            $0.limits.stallTimeout = .milliseconds(300)
         }
         let patient = try Client(unix: server.socketPath, export: "alpha")
         #expect(try patient.read(0, length).count == length)
@@ -573,7 +573,7 @@ import ThinPool
     @Test(arguments: [true, false]) func memoryIsShared(ring: Bool) throws {
         let server = try TestServer(ring: ring) {
             $0.reactors = 1
-            $0.payloadBytesTotal = 32 << 20
+            $0.limits.payloadBytes = 32 << 20
         }
         let clients = try (0..<6).map { _ in
             try Client(unix: server.socketPath, export: "alpha")
@@ -655,7 +655,7 @@ import ThinPool
     }
 
     @Test func stopDoesNotWaitForClientsThatDoNotRead() throws {
-        let server = try TestServer { $0.stopTimeout = .milliseconds(200) }
+        let server = try TestServer { $0.limits.stopTimeout = .milliseconds(200) }
         let rude = try Client(unix: server.socketPath, export: "alpha")
         try rude.send(
             (0..<UInt64(16)).flatMap { Client.request(.read, cookie: $0, length: 1 << 20) })
@@ -667,7 +667,7 @@ import ThinPool
     }
 
     @Test func startsAgainAtOnce() throws {
-        let server = try TestServer { $0.tcpAddresses = [("127.0.0.1", 0)] }
+        let server = try TestServer { $0.listening.tcpAddresses = [("127.0.0.1", 0)] }
         #expect(server.uris.count == 2)
         #expect(server.uris[0] == "nbd+unix:///?socket=\(server.socketPath)")
         let port = try #require(UInt16(server.uris[1].split(separator: ":").last!))
@@ -683,7 +683,7 @@ import ThinPool
     @Test func staleSocketsAreRemovedAndLiveOnesAreNot() throws {
         let first = try TestServer()
         #expect(throws: ServerError.self) {
-            try TestServer { $0.unixPaths = [first.socketPath] }
+            try TestServer { $0.listening.unixPaths = [first.socketPath] }
         }
         #expect(try Client(unix: first.socketPath, export: "alpha").read(0, 512).count == 512)
 
@@ -699,7 +699,7 @@ import ThinPool
             }
         }
         close(stale)
-        let second = try TestServer { $0.unixPaths = [path] }
+        let second = try TestServer { $0.listening.unixPaths = [path] }
         #expect(try Client(unix: path, export: "alpha").read(0, 512).count == 512)
         second.server.stop()
 
@@ -707,7 +707,7 @@ import ThinPool
         let file = first.directory.path + "/file"
         close(open(file, O_CREAT | O_WRONLY, 0o600))
         let failure = #expect(throws: ServerError.self) {
-            try TestServer { $0.unixPaths = [file] }
+            try TestServer { $0.listening.unixPaths = [file] }
         }
         #expect(failure?.description.contains("not a socket") == true)
         #expect(access(file, F_OK) == 0)
@@ -716,16 +716,16 @@ import ThinPool
     @Test func addressesThatCannotBeBound() throws {
         let long = "/tmp/" + String(repeating: "x", count: 110)
         for path in [long, "", "/nonexistent-directory/nbd.sock"] {
-            #expect(throws: ServerError.self) { try TestServer { $0.unixPaths = [path] } }
+            #expect(throws: ServerError.self) { try TestServer { $0.listening.unixPaths = [path] } }
         }
-        let server = try TestServer { $0.tcpAddresses = [("127.0.0.1", 0)] }
+        let server = try TestServer { $0.listening.tcpAddresses = [("127.0.0.1", 0)] }
         let port = UInt16(server.uris[1].split(separator: ":").last!)!
         let failure = #expect(throws: ServerError.self) {
-            try TestServer { $0.tcpAddresses = [("127.0.0.1", port)] }
+            try TestServer { $0.listening.tcpAddresses = [("127.0.0.1", port)] }
         }
         #expect(failure?.description.contains("another program has the port") == true)
         #expect(throws: ServerError.self) {
-            try TestServer { $0.tcpAddresses = [("no such host.invalid", 0)] }
+            try TestServer { $0.listening.tcpAddresses = [("no such host.invalid", 0)] }
         }
     }
 

@@ -96,8 +96,10 @@ final class TestPool {
         data = try FileDevice(path: dataPath, access: .readWrite)
         try ThinMetadata.format(
             metadata, dataBlockSectors: blockSectors, dataBlocks: dataBlocks)
-        pool = try Pool(metadata: metadata, data: data)
-        thread = PoolThread(pool: pool, metadata: metadata, data: data, allowRing: ring)
+        var options = PoolOptions()
+        options.allowRing = ring
+        pool = try Pool(metadata: metadata, data: data, options: options)
+        thread = PoolThread(pool: pool, metadata: metadata, data: data)
         thread.start()
         for (name, size) in volumes { try change(.create(name: name, size: size)) }
     }
@@ -151,8 +153,7 @@ final class TestServer {
         socketPath = directory.path + "/nbd.sock"
         var configuration = Server.Configuration(
             dataFileDescriptor: pool.data.fileDescriptor)
-        configuration.unixPaths = [socketPath]
-        configuration.allowRing = ring
+        configuration.listening.unixPaths = [socketPath]
         configure(&configuration)
         let recorder = log
         server = Server(
