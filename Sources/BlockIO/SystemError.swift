@@ -2,9 +2,9 @@
 
 import Glibc
 
-enum SystemError {
+package enum SystemError {
     /// The system's words for an errno, beginning in lower case to follow "cannot … : ".
-    static func words(_ code: Int32) -> String {
+    package static func words(_ code: Int32) -> String {
         let text = String(cString: strerror(code))
         guard let first = text.first, text.dropFirst().first?.isUppercase != true else {
             return text

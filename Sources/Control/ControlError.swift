@@ -48,10 +48,9 @@ public struct ControlError: Error, Equatable, Codable, Sendable, CustomStringCon
 
     /// A system call that failed on a path.
     init(cannot operation: String, _ path: String, _ code: Int32, advice: String = "") {
-        let words = String(cString: strerror(code))
         self.init(
             .device,
-            "cannot \(operation) \(path): \(words.prefix(1).lowercased() + words.dropFirst())"
+            "cannot \(operation) \(path): \(SystemError.words(code))"
                 + (advice.isEmpty ? "" : "; \(advice)"))
     }
 

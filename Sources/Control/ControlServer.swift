@@ -8,6 +8,7 @@
 // 3. A socket left over is removed only after a connection to it was refused; at the end only if it
 //    is still this server's.
 
+import BlockIO
 import Dispatch
 import Glibc
 import Logging
@@ -119,10 +120,9 @@ public final class ControlServer: @unchecked Sendable {
 
     public func start() throws(ControlError) {
         precondition(acceptor == nil)
-        acceptor = startThread { self.acceptConnections() }
-        guard acceptor != nil else {
-            throw ControlError(.device, "cannot start a thread for \(place.path)")
-        }
+        do throws(DeviceError) {
+            acceptor = try startThread(named: "wafer-control") { self.acceptConnections() }
+        } catch { throw ControlError(error) }
     }
 
     /// Takes no more requests; returns when those that were begun are answered. A check is not
@@ -198,18 +198,18 @@ public final class ControlServer: @unchecked Sendable {
             return refuse(socket, "the server answers \(Self.maxConnections) other commands")
         }
         idle.enter()
-        let thread = startThread {
-            self.serve(socket)
-            self.forget(socket)
-            self.idle.leave()
-        }
-        guard let thread else {
-            refuse(socket, "the server gets no thread for one more command (limits of processes)")
+        do throws(DeviceError) {
+            let thread = try startThread(named: "wafer-verb") {
+                self.serve(socket)
+                self.forget(socket)
+                self.idle.leave()
+            }
+            pthread_detach(thread)
+        } catch {
+            refuse(socket, "the server \(error) (limits of processes)")
             forget(socket)
             idle.leave()
-            return
         }
-        pthread_detach(thread)
     }
 
     private func refuse(_ socket: ControlSocket, _ reason: String) {

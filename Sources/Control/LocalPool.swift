@@ -51,7 +51,7 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
             return
         }
         thread = PoolThread(pool: pool, metadata: metadata, data: data)
-        thread?.start()
+        do throws(DeviceError) { try thread?.start() } catch { throw ControlError(error) }
     }
 
     /// Pools from before metadata files had their space from the start get it now. That there is none

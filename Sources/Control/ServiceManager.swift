@@ -40,12 +40,12 @@ public final class ServiceManager: Sendable {
         }
         let socket = Glibc.socket(
             AF_UNIX, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
-        guard socket >= 0 else { return String(cString: strerror(errno)) }
+        guard socket >= 0 else { return SystemError.words(errno) }
         defer { close(socket) }
         let text = message.rawValue
         let sent = name.use {
             sendto(socket, text, text.utf8.count, Int32(MSG_NOSIGNAL), $0, $1)
         }
-        return sent == text.utf8.count ? nil : "\(address): \(String(cString: strerror(errno)))"
+        return sent == text.utf8.count ? nil : "\(address): \(SystemError.words(errno))"
     }
 }

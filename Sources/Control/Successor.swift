@@ -5,6 +5,7 @@
 // 1. The program is run once, for its version, before anything is given up for it.
 // 2. Only the descriptors that are handed over lose their close-on-exec.
 
+import BlockIO
 import CLinux
 import FoundationEssentials
 import Glibc
@@ -53,10 +54,10 @@ public struct Successor {
         defer { posix_spawn_file_actions_destroy(&actions) }
         posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0)
         let code = posix_spawn(&child, program, &actions, nil, &pointers, environ)
-        guard code == 0 else { return "\(program): \(String(cString: strerror(code)))" }
+        guard code == 0 else { return "\(program): \(SystemError.words(code))" }
         var status: Int32 = 0
         while waitpid(child, &status, 0) < 0 {
-            guard errno == EINTR else { return "\(program): \(String(cString: strerror(errno)))" }
+            guard errno == EINTR else { return "\(program): \(SystemError.words(errno))" }
         }
         return status == 0 ? nil : "\(program) --version fails"
     }
@@ -66,7 +67,7 @@ public struct Successor {
         do {
             let descriptor = clinux_memory_file("wafer-handover")
             guard descriptor >= 0 else {
-                return failure(String(cString: strerror(-descriptor)))
+                return failure(SystemError.words(-descriptor))
             }
             try write([UInt8](JSONEncoder().encode(handOver)), to: descriptor)
             for each in handOver.descriptors { _ = fcntl(each, F_SETFD, 0) }
@@ -76,7 +77,7 @@ public struct Successor {
         }
         var pointers = arguments.map { strdup($0) } + [nil]
         execv(program, &pointers)
-        return failure(String(cString: strerror(errno)))
+        return failure(SystemError.words(errno))
     }
 
     private func failure(_ reason: String) -> ControlError {
@@ -107,6 +108,6 @@ public struct Successor {
     }
 
     private static func systemError(_ code: Int32) -> ControlError {
-        ControlError(.device, String(cString: strerror(code)))
+        ControlError(.device, SystemError.words(code))
     }
 }

@@ -1,6 +1,7 @@
 // Waiting, for the threads that may: management verbs are asked for on one thread and answered on
 // another.
 
+import BlockIO
 import Dispatch
 import Glibc
 import Synchronization
@@ -26,30 +27,4 @@ final class Latch<Value: Sendable>: Sendable {
 
 func sleepMilliseconds(_ milliseconds: UInt32) { usleep(milliseconds * 1000) }
 
-func monotonicMilliseconds() -> Int {
-    var time = timespec()
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return time.tv_sec * 1000 + time.tv_nsec / 1_000_000
-}
-
-private final class ThreadBody: Sendable {
-    let run: @Sendable () -> Void
-    init(_ run: @escaping @Sendable () -> Void) { self.run = run }
-}
-
-/// A thread that is to be joined or detached; nil: the system gives no more of them.
-func startThread(_ body: @escaping @Sendable () -> Void) -> pthread_t? {
-    var thread = pthread_t()
-    let argument = Unmanaged.passRetained(ThreadBody(body))
-    let code = pthread_create(
-        &thread, nil,
-        { argument in
-            Unmanaged<ThreadBody>.fromOpaque(argument!).takeRetainedValue().run()
-            return nil
-        }, argument.toOpaque())
-    guard code == 0 else {
-        argument.release()
-        return nil
-    }
-    return thread
-}
+func monotonicMilliseconds() -> Int { Int(monotonicNanoseconds() / 1_000_000) }

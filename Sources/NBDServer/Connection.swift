@@ -11,6 +11,7 @@
 // received is decrypted as far as there is room for it, messages are encrypted before they are
 // sent. When the kernel does the encrypting, the session is gone and only the goodbye is special.
 
+import BlockIO
 import Glibc
 import NBDProtocol
 import ThinPool
@@ -156,7 +157,7 @@ package final class Connection {
             transmission?.received(0, sink)
             if result < 0 {
                 let what = tls?.isEstablished == false ? "TLS handshake" : "receiving"
-                breakOff("\(what) failed: \(ServerError.words(-result))")
+                breakOff("\(what) failed: \(SystemError.words(-result))")
             }
             return
         }
@@ -209,7 +210,7 @@ package final class Connection {
             transmission?.sent(0)
             // A client may leave without reading what it asked for last.
             let isFarewell = phase == .draining || phase == .handshake
-            breakOff(isFarewell ? nil : "sending failed: \(ServerError.words(-result))")
+            breakOff(isFarewell ? nil : "sending failed: \(SystemError.words(-result))")
             return
         }
         if hasSaidGoodbye { return }

@@ -9,6 +9,7 @@
 // 3. What is no data arrives as an error (EIO) and is fetched by itself: the end of the stream, or
 //    something that ends the connection.
 
+import BlockIO
 import CGnuTLS
 import Glibc
 
@@ -70,15 +71,15 @@ enum KernelTLS {
             switch code {
             case ENOENT: return .unavailable(noModule)
             case EOPNOTSUPP, ENOPROTOOPT: return .unavailable("this is not TCP")
-            default: return .unavailable(ServerError.words(code))
+            default: return .unavailable(SystemError.words(code))
             }
         }
         // Without keys the layer lets everything through as it is.
         if let code = set(socket, level, transmit, sending) {
-            return .unavailable("the kernel does not take the keys: \(ServerError.words(code))")
+            return .unavailable("the kernel does not take the keys: \(SystemError.words(code))")
         }
         if let code = set(socket, level, receive, receiving) {
-            return .broken("the kernel took half of the TLS keys: \(ServerError.words(code))")
+            return .broken("the kernel took half of the TLS keys: \(SystemError.words(code))")
         }
         return .done
     }
@@ -142,7 +143,7 @@ enum KernelTLS {
         case EIO: break
         case EBADMSG: return "a TLS record does not decrypt"
         case EMSGSIZE, EINVAL: return "what arrives are not TLS records"
-        default: return "receiving failed: \(ServerError.words(code))"
+        default: return "receiving failed: \(SystemError.words(code))"
         }
         var contents: (UInt8, UInt8) = (0, 0)
         var control = RecordTypeControl()
@@ -160,7 +161,7 @@ enum KernelTLS {
             }
         }
         guard count > 0, control.level == level, control.kind == getRecordType else {
-            return "receiving failed: \(ServerError.words(code))"
+            return "receiving failed: \(SystemError.words(code))"
         }
         switch (control.recordType, contents.0, contents.1) {
         case (Record.alert, _, Record.closeNotify): return nil

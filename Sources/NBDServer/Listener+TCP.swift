@@ -1,5 +1,6 @@
 // Listening on TCP: one socket for each address that a host stands for.
 
+import BlockIO
 import Glibc
 
 extension Listener {
@@ -56,7 +57,7 @@ extension Listener {
                     switch code {
                     case EADDRINUSE: "another program has the port; stop it or give another port"
                     case EACCES: "permission denied; ports below 1024 are the superuser's"
-                    default: ServerError.words(code)
+                    default: SystemError.words(code)
                     }
                 throw ServerError(operation: operation, code: code, reason: reason)
             }

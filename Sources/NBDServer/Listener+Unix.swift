@@ -85,7 +85,7 @@ extension Listener {
                     operation: operation, code: code,
                     reason: code == EPERM
                         ? "only root may give a socket to another user, or to a group not its own"
-                        : ServerError.words(code))
+                        : SystemError.words(code))
             }
         }
         guard chmod(path, mode_t(access.mode)) == 0 else {
@@ -131,7 +131,7 @@ extension Listener {
                 operation: operation, code: EADDRINUSE,
                 reason: code == 0 || code == EAGAIN
                     ? "another server listens there; stop it or give another path"
-                    : "the socket there cannot be reached (\(ServerError.words(code)))")
+                    : "the socket there cannot be reached (\(SystemError.words(code)))")
         }
         unlink(path)
     }
@@ -142,7 +142,7 @@ extension Listener {
             case ENOENT, ENOTDIR: "its directory does not exist"
             case EACCES, EPERM: "permission denied; check the directory's owner and mode"
             case EROFS: "the file system is read-only"
-            default: ServerError.words(code)
+            default: SystemError.words(code)
             }
         return ServerError(operation: operation, code: code, reason: reason)
     }

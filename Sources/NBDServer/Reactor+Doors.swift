@@ -1,6 +1,7 @@
 // Accepting: who comes is looked at, counted, and given to a reactor. The first reactor does it for
 // all of them.
 
+import BlockIO
 import CLinux
 import Glibc
 import Logging
@@ -53,7 +54,7 @@ extension Reactor {
                 if !doors[index].hasWarned {
                     doors[index].hasWarned = true
                     logger.warning(
-                        "cannot accept connections for now: \(ServerError.words(-result))",
+                        "cannot accept connections for now: \(SystemError.words(-result))",
                         metadata: ["listener": "\(doors[index].listener.uri)"])
                 }
                 doors[index].isPausing = true

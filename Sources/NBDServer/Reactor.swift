@@ -204,9 +204,9 @@ final class Reactor {
             }
             if waitsForDevice { deviceSpin.failed() } else { clientSpin.failed() }
         }
-        let start = Self.now()
+        let start = monotonicNanoseconds()
         try poll(wait: true)
-        if Self.now() - start < Self.spinNanoseconds + Self.wakeNanoseconds && hasNews {
+        if monotonicNanoseconds() - start < Self.spinNanoseconds + Self.wakeNanoseconds && hasNews {
             if waitsForDevice { deviceSpin.wouldHavePaid() } else { clientSpin.wouldHavePaid() }
         }
     }
@@ -427,7 +427,7 @@ final class Reactor {
 
     /// Of somebody who has chosen no export, or cannot: not more than now and then.
     func warnOfStranger(_ text: String, _ metadata: Logger.Metadata) {
-        let (isAllowed, missing) = shared.strangers.admit(at: Self.now())
+        let (isAllowed, missing) = shared.strangers.admit(at: monotonicNanoseconds())
         guard isAllowed else { return }
         if missing > 0 { logger.warning("\(missing) lines like the following were left out") }
         logger.warning("\(text)", metadata: metadata)

@@ -6,7 +6,6 @@
 //    returns when the last reactor has ended. The pool is the caller's to close, afterwards.
 
 import BlockIO
-import CLinux
 import Dispatch
 import Glibc
 import Logging
@@ -116,7 +115,11 @@ public final class Server {
                 _ = state.startup.report(error)
             }
         }
-        threads.append(try startThread("reactor \(number)", body))
+        do throws(DeviceError) {
+            threads.append(try startThread(named: "reactor \(number)", body))
+        } catch {
+            throw ServerError(operation: "start reactor \(number)", code: error.code)
+        }
     }
 }
 
@@ -184,34 +187,4 @@ final class Startup: Sendable {
         state.withLock { $0.serves = serving }
         opened.signal()
     }
-}
-
-private final class ThreadBody: Sendable {
-    let name: String
-    let body: @Sendable () -> Void
-    init(_ name: String, _ body: @escaping @Sendable () -> Void) {
-        self.name = name
-        self.body = body
-    }
-}
-
-/// A thread that runs `body`, to be joined.
-private func startThread(
-    _ name: String, _ body: @escaping @Sendable () -> Void
-) throws(ServerError) -> pthread_t {
-    let argument = Unmanaged.passRetained(ThreadBody(name, body))
-    var thread = pthread_t()
-    let code = pthread_create(
-        &thread, nil,
-        { argument in
-            let thread = Unmanaged<ThreadBody>.fromOpaque(argument!).takeRetainedValue()
-            clinux_name_thread(thread.name)
-            thread.body()
-            return nil
-        }, argument.toOpaque())
-    guard code == 0 else {
-        argument.release()
-        throw ServerError(operation: "start the thread \(name)", code: code)
-    }
-    return thread
 }

@@ -1,6 +1,6 @@
 // Why a server cannot start, in words for its operator.
 
-import Glibc
+import BlockIO
 
 public struct ServerError: Error, Equatable, CustomStringConvertible, Sendable {
     /// The operation, as a verb with its object: "listen on /run/nbd.sock".
@@ -16,14 +16,8 @@ public struct ServerError: Error, Equatable, CustomStringConvertible, Sendable {
     }
 
     init(operation: String, code: Int32) {
-        self.init(operation: operation, code: code, reason: Self.words(code))
+        self.init(operation: operation, code: code, reason: SystemError.words(code))
     }
 
     public var description: String { "cannot \(operation): \(reason)" }
-
-    /// The system's words for an errno, beginning in lower case.
-    static func words(_ code: Int32) -> String {
-        let text = String(cString: strerror(code))
-        return text.prefix(1).lowercased() + text.dropFirst()
-    }
 }

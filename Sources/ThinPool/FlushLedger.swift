@@ -5,6 +5,7 @@
 // while it ran has ended well, too; flushes come from all reactors and from the commit. Under the
 // pool's lock.
 
+import BlockIO
 import Glibc
 
 struct FlushLedger {
@@ -59,7 +60,7 @@ extension Pool {
             fail(
                 PoolError(
                     .failed,
-                    "the flush of the data device failed: \(String(cString: strerror(error)))"))
+                    "the flush of the data device failed: \(SystemError.words(error))"))
         }
         tell(flushes.takeSettled(all: failure != nil), failure)
         lock.signal()

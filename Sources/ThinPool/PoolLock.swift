@@ -84,10 +84,3 @@ final class PoolLock: @unchecked Sendable {
         pthread_cond_timedwait(condition, mutex, &time)
     }
 }
-
-/// Nanoseconds of the monotonic clock.
-func monotonicNanoseconds() -> UInt64 {
-    var time = timespec()
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
-}

@@ -39,14 +39,8 @@ public final class PoolThread: @unchecked Sendable {
         vectors.deallocate()
     }
 
-    public func start() {
-        let box = Unmanaged.passRetained(self)
-        let code = pthread_create(&thread, nil, { context in
-            let thread = Unmanaged<PoolThread>.fromOpaque(context!).takeRetainedValue()
-            thread.run()
-            return nil
-        }, box.toOpaque())
-        precondition(code == 0, "no thread for the pool: \(String(cString: strerror(code)))")
+    public func start() throws(DeviceError) {
+        thread = try startThread(named: "wafer-pool") { self.run() }
     }
 
     /// Commits what is open, finishes what was asked for, and ends the thread.

@@ -148,7 +148,7 @@ extension Pool {
             rollBack()
             return
         }
-        let error = results.first { $0 != 0 }.map { String(cString: strerror($0)) }
+        let error = results.first { $0 != 0 }.map { SystemError.words($0) }
         switch activity {
         case .idle:
             preconditionFailure("no I/O was asked for")

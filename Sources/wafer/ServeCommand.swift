@@ -4,6 +4,7 @@
 // interrupts the data path.
 
 import ArgumentParser
+import BlockIO
 import Control
 import Glibc
 import Logging
@@ -207,7 +208,7 @@ struct ServeCommand: ParsableCommand {
     }
 
     private static func cannotWrite(_ path: String) -> ControlError {
-        ControlError(.device, "cannot write \(path): \(String(cString: strerror(errno)))")
+        ControlError(.device, "cannot write \(path): \(SystemError.words(errno))")
     }
 }
 

@@ -100,7 +100,7 @@ final class TestPool {
         options.allowRing = ring
         pool = try Pool(metadata: metadata, data: data, options: options)
         thread = PoolThread(pool: pool, metadata: metadata, data: data)
-        thread.start()
+        try thread.start()
         for (name, size) in volumes { try change(.create(name: name, size: size)) }
     }
 
