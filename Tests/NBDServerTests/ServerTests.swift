@@ -90,7 +90,8 @@ import ThinPool
 
     /// A client that comes back is let in only when nothing of its last connection is under way, or
     /// an old write could undo what it writes next. However long that takes: the client is not slow.
-    @Test(arguments: [true, false]) func aFencedVolumeIsOpenedWhenTheFenceIsGone(ring: Bool) throws {
+    @Test(arguments: [true, false]) func aFencedVolumeIsOpenedWhenTheFenceIsGone(ring: Bool) throws
+    {
         let server = try TestServer(ring: ring) { $0.limits.handshakeTimeout = .milliseconds(400) }
         let volume = try #require(server.pool.pool.open(exportNamed: "alpha"))
         defer { server.pool.pool.close(volume) }
