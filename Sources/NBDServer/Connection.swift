@@ -445,6 +445,8 @@ package final class Connection {
         phase == .closed && !isReceiving && !isSending && (transmission?.occupied ?? 0) == 0
     }
 
+    var hasRequestsInFlight: Bool { (transmission?.inFlight ?? 0) > 0 }
+
     /// Memory is held, and the client alone keeps it from being freed.
     var isHoardingMemory: Bool {
         guard let transmission, phase != .closed else { return false }

@@ -270,6 +270,10 @@ final class Reactor {
 
     private func received(_ result: Int32, by connection: Connection) {
         if result == -ECANCELED { return connection.receivingCancelled(engine) }
+        // Who has only ended to send still has answers due; who has closed a Unix socket has not.
+        if result == 0, connection.hasRequestsInFlight, SocketSettings.isClosed(connection.socket) {
+            return connection.received(-ECONNRESET, engine)
+        }
         guard connection.usesKernelTLS && result < 0 else {
             return connection.received(result, engine)
         }

@@ -1,4 +1,4 @@
-// What is set of connected sockets.
+// What is set of connected sockets, and asked of them.
 
 import Glibc
 
@@ -27,6 +27,12 @@ enum SocketSettings {
         set(socket, tcp, TCP_KEEPIDLE, idle)
         set(socket, tcp, TCP_KEEPINTVL, max(idle / probes, 1))
         set(socket, tcp, TCP_KEEPCNT, probes)
+    }
+
+    /// Nobody can receive any more what is sent. TCP cannot tell.
+    static func isClosed(_ socket: Int32) -> Bool {
+        var state = pollfd(fd: socket, events: 0, revents: 0)
+        return poll(&state, 1, 0) > 0 && state.revents & Int16(POLLHUP | POLLERR) != 0
     }
 
     @discardableResult
