@@ -36,6 +36,12 @@ extension ThinMetadata {
         return VirtualBlock(end)
     }
 
+    /// The device's highest mapped virtual block.
+    public func lastMapped(_ id: ThinDeviceID) throws(MetadataError) -> VirtualBlock? {
+        let (leaf, _) = try store.cache.leaf(try existing(id).root, .mapping, for: .max)
+        return leaf.count > 0 ? VirtualBlock(leaf.key(leaf.count - 1)) : nil
+    }
+
     /// Maps the virtual block to a reserved data block, stamped with the pool's time. The
     /// reservation becomes a reference; the block that was mapped before loses one.
     /// - Parameter isAssured: the caller has asked `fits`, and this belongs to what it asked for.

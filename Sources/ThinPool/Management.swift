@@ -392,6 +392,16 @@ extension Pool {
         if catalogue.volumes.contains(where: { $0.id == id }) || catalogue.deleting.contains(id) {
             throw PoolError(.exists, "thin device \(id) has a name already")
         }
+        let last: VirtualBlock?
+        do throws(MetadataError) { last = try metadata.lastMapped(ThinDeviceID(id)) } catch {
+            throw PoolError(error)
+        }
+        if let last, last.rawValue > (size - 1) / blockSize {
+            throw PoolError(
+                .invalidSize,
+                "thin device \(id) has data beyond \(size) bytes: give the size that it was made "
+                    + "with, at least \(bytes(last.rawValue &+ 1)) bytes")
+        }
     }
 
     private func freeDevice() throws(PoolError) -> ThinDeviceID {

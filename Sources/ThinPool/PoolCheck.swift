@@ -73,18 +73,10 @@ extension Pool {
         var found = problems
         for volume in volumesByName.values.sorted(by: { $0.name < $1.name }) {
             let end = VirtualBlock(volume.table.blocks)
-            var beyond: VirtualBlock?
-            var next = end
-            let limit = VirtualBlock(UInt64.max)
-            while next < limit, beyond == nil {
-                next = try metadata.visitLeaf(volume.id, from: next, limit: limit) { block, _ in
-                    beyond = beyond ?? block
-                }
-            }
-            if let beyond {
+            if let last = try metadata.lastMapped(volume.id), last >= end {
                 found.append(
                     "volume \"\(volume.name)\" ends before block \(end.rawValue), but block "
-                        + "\(beyond.rawValue) of its thin device \(volume.id.rawValue) is mapped")
+                        + "\(last.rawValue) of its thin device \(volume.id.rawValue) is mapped")
             }
         }
         return found

@@ -165,7 +165,11 @@ import ThinPool
         #expect(try scratch.names() == [nil])
         #expect(try scratch.must("volume", "list", scratch.pool).contains("unnamed"))
 
-        try scratch.must("volume", "adopt", scratch.pool, "7", "seven", "1MiB")
+        // Its two blocks are 64 KiB each.
+        let short = try scratch.run("volume", "adopt", scratch.pool, "7", "seven", "64KiB")
+        #expect(short.isFailure && short.error.contains("at least 131072 bytes"), "\(short)")
+        #expect(try scratch.names() == [nil])
+        try scratch.must("volume", "adopt", scratch.pool, "7", "seven", "65KiB")
         try scratch.expectIntact(["seven"])
         for (arguments, words) in [
             (["7", "again", "1MiB"], "has a name already"),
