@@ -42,6 +42,7 @@ public final class PoolServer {
         local.pool.onFailure = { error in
             logger.critical("the pool has failed and takes no more writes: \(error)")
         }
+        local.pool.onSpaceWarning = { logger.warning("\($0)") }
         do throws(ControlError) {
             control = try ControlServer(local, logger: logger)
         } catch {

@@ -117,6 +117,8 @@ public final class Pool: @unchecked Sendable {
     /// Blocks allocated and not yet mapped or given back, the spare ones included.
     var reservations: UInt64 = 0
     var spareBlocks: [DataBlock] = []
+    var dataSpace = SpaceWatch()
+    var metadataSpace = SpaceWatch()
 
     // Transactions
     var openSequence: UInt64 = 1
@@ -198,6 +200,7 @@ public final class Pool: @unchecked Sendable {
             try growToDevices()
             refillSpareBlocks()
         }
+        watchSpace()
     }
 
     deinit {
@@ -361,7 +364,10 @@ public final class Pool: @unchecked Sendable {
             return .failure(EIO)
         }
         // Freed but not yet allocatable: a commit (and the end of old I/O) gives them back.
-        guard blocksOnTheirWay > 0 else { return .failure(ENOSPC) }
+        guard blocksOnTheirWay > 0 else {
+            dataWasRefused()
+            return .failure(ENOSPC)
+        }
         requestCommit()
         return .success(nil)
     }
@@ -555,6 +561,8 @@ public final class Pool: @unchecked Sendable {
     private(set) var metadataIsLost = false
     /// Called once, under the lock, when the pool fails: for the log.
     public var onFailure: (@Sendable (PoolError) -> Void)?
+    /// Called by the worker, under the lock, with what has become scarce: for the log.
+    public var onSpaceWarning: (@Sendable (String) -> Void)?
 
     func engine(_ index: Int) -> VolumeIO { engines[index]!.takeUnretainedValue() }
 

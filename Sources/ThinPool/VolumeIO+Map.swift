@@ -113,6 +113,7 @@ extension VolumeIO {
             step.pointee.commitsAwaited += 1
             pool.park(reference(index), in: &pool.metadataWaiters)
         case .failure(let error):
+            if error == ENOSPC { pool.metadataWasRefused() }
             fail(index, error)
         case .success((let next, let removed)):
             leavesLeft -= max(removed / perLeaf, 1)
@@ -302,6 +303,7 @@ extension VolumeIO {
             case .done: break
             case .failed(let error): fail(request, error)
             case .noMetadataSpace where step.pointee.commitsAwaited > 0 || !pool.commitGivesBack:
+                pool.metadataWasRefused()
                 fail(request, ENOSPC)
             case .noMetadataSpace: again = true
             }

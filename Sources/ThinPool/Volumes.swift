@@ -182,7 +182,7 @@ extension Pool {
                 time: metadata.time, transactionID: metadata.transactionID,
                 needsCheck: metadata.needsCheck,
                 heldRoot: metadata.heldRoot?.rawValue,
-                problems: problems + (growthProblem.map { [$0] } ?? []))
+                problems: problems + (growthProblem.map { [$0] } ?? []) + spaceProblems)
         }
     }
 

@@ -87,6 +87,7 @@ extension Pool {
     public func nextStep(now: UInt64) -> WorkerStep {
         precondition(!worker.hasIOInFlight, "one step at a time")
         if failure != nil { return afterFailure() }
+        if hasRefusedSpace { watchSpace() }
         switch worker.activity {
         case .flushMetadata: return inFlight([.flushMetadata])
         case .writeSuperblock(let transaction):
@@ -256,6 +257,7 @@ extension Pool {
         resume(&spaceWaiters)
         // Metadata blocks have come back too.
         resume(&metadataWaiters)
+        watchSpace()
     }
 
     // MARK: - Discards

@@ -101,6 +101,60 @@ import Testing
         #expect(try pool.volumes()[0].mappedBytes == full * Self.block)
     }
 
+    /// The log says it once when it comes to that, and the pool's status as long as it is so.
+    @Test func fullnessIsTold() throws {
+        let pool = try smallPool(["vol"])
+        let server = try Server(pool)
+        let client = try Client(server, "vol")
+        func warnings() -> [Substring] {
+            server.program.error.split(separator: "\n").filter {
+                $0.contains("warning") && $0.contains("data block")
+            }
+        }
+        func expect(_ count: Int, _ problem: String?) throws {
+            var problems: [String] = []
+            let told = try eventually {
+                problems = try pool.status().problems
+                return warnings().count == count && problems.count == (problem == nil ? 0 : 1)
+                    && problems.first?.contains(problem ?? "") != false
+            }
+            #expect(told, "\(count): \(problems) \(server.program.error)")
+        }
+        func write(_ blocks: Range<UInt64>) throws {
+            for block in blocks {
+                try client.write(place(block), pattern(1, place(block), 4096))
+                try client.flush()
+            }
+        }
+        try write(0..<40)
+        try expect(0, nil)
+        try write(40..<54)
+        try expect(1, "data blocks are in use")
+        try write(54..<59)
+        try expect(2, "data blocks are in use")
+        let full = try fill(client, from: 59, stamp: 1)
+        for block in full..<full + 4 {
+            #expect(try code { try client.write(place(block), pattern(1, 0, 512)) } == ENOSPC)
+        }
+        try expect(3, "no data block left")
+        #expect(try pool.status().problems.first?.contains("discard") == true)
+        // It is no damage, and the next server says it, too.
+        try pool.must("pool", "check", pool.path)
+        try server.stop()
+        try pool.expectClean()
+        let next = try Server(pool)
+        #expect(next.program.error.contains("no data block left"))
+        let other = try Client(next, "vol")
+        try other.trim(0, 40 * Self.block)
+        try other.flush()
+        #expect(try eventually { try pool.status().problems.isEmpty })
+        _ = try fill(other, from: full, stamp: 1)
+        #expect(
+            try eventually { try pool.status().problems.contains { $0.contains("no data block") } })
+        #expect(next.program.error.split(separator: "no data block left").count == 3)
+        try next.stop()
+    }
+
     /// Of many writes at once as many succeed as there is space for, and the others leave nothing.
     @Test(arguments: Engine.allCases) func fullInTheMiddleOfABatch(engine: Engine) throws {
         let pool = try smallPool(["vol"])

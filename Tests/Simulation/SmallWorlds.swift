@@ -201,7 +201,7 @@ extension World {
                 throw WorldFailure(description: "\(report.findings.map(\.description))")
             }
             let pool = try Pool(metadata: metadata, data: data, options: poolOptions)
-            guard pool.status().mode == .writable, pool.status().problems.isEmpty,
+            guard pool.status().mode == .writable, pool.status().problems == pool.spaceProblems,
                 metadata.writes == 0, data.writes == 0
             else { throw WorldFailure(description: "it does not open as it was left") }
             let names = Set(pool.volumeNames())

@@ -370,7 +370,9 @@ public final class World {
         nonisolated(unsafe) weak let world = self
         pool.onFailure = { world?.noteFailure($0) }
         let status = pool.status()
-        guard status.mode == (readOnly ? .readOnly : .writable), status.problems.isEmpty else {
+        guard status.mode == (readOnly ? .readOnly : .writable),
+            status.problems == pool.spaceProblems
+        else {
             throw WorldFailure(description: "the pool opens \(status.mode): \(status.problems)")
         }
         reactors = (0..<options.reactors).map { _ in

@@ -128,7 +128,7 @@ import ThinPool
         try bench.reopen()
         var status = bench.pool.status()
         #expect(status.mode == .writable && status.dataBlocks == UInt64(Self.bitmap))
-        #expect(status.problems.count == 1)
+        #expect(status.problems.count == 1 + bench.pool.spaceProblems.count)
         // It is no damage.
         try requireCleanMetadata(bench, "with a longer device")
         #expect(try bench.pool.check().isClean)
@@ -138,6 +138,41 @@ import ThinPool
         status = bench.pool.status()
         #expect(status.dataBlocks == UInt64(9 * Self.bitmap) && status.problems.isEmpty)
     }
+
+    /// Said once when it is reached, and again when space came back and is gone again.
+    @Test func fullMetadataIsTold() throws {
+        let (bench, volumes) = try fullBench(metadataBlocks: 150) { bench in
+            try bench.change(.create(name: "big", size: UInt64(8000 * Self.block)))
+        }
+        let told = Told()
+        bench.pool.onSpaceWarning = { told.warnings.append($0) }
+        let big = try bench.volume("big")
+        var next = 0
+        func fill() throws {
+            var error: Int32 = 0
+            while error == 0, next < 8000 {
+                error = try bench.perform(
+                    .writeZeroes, big, at: next * Self.block, length: Self.block, noHole: true)
+                if error == 0 { next += 1 }
+            }
+            #expect(error == ENOSPC)
+        }
+        let words = "no metadata left"
+        try fill()
+        try fill()
+        try bench.rest()
+        #expect(told.warnings.count { $0.contains(words) } == 1, "\(told.warnings)")
+        #expect(bench.pool.status().problems.count { $0.contains(words) } == 1)
+        #expect(try bench.pool.check().isClean)
+        for index in volumes.indices.prefix(8) { try bench.change(.delete(name: "v\(index)")) }
+        try bench.rest()
+        #expect(!bench.pool.status().problems.contains { $0.contains(words) })
+        try fill()
+        try bench.rest()
+        #expect(told.warnings.count { $0.contains(words) } == 2, "\(told.warnings)")
+    }
+
+    private final class Told: @unchecked Sendable { var warnings: [String] = [] }
 
     // MARK: - The check
 

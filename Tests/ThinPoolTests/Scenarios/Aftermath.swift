@@ -27,7 +27,9 @@ struct Aftermath {
             throw ScenarioFailure("\(survivors.what): the pool does not open: \(error)")
         }
         let status = bench.pool.status()
-        try require(status.mode == .writable && status.problems.isEmpty, "it opens \(status)")
+        try require(
+            status.mode == .writable && status.problems == bench.pool.spaceProblems,
+            "it opens \(status)")
         try survivors.checked.requireClean(bench, survivors.what)
         for name in bench.pool.volumeNames() {
             sectors[name] = try readAll(name)
