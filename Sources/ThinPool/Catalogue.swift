@@ -38,8 +38,11 @@ package struct Catalogue: Codable, Equatable, Sendable {
         var id: UInt32
         var name: String
         var size: UInt64
-        /// Name of the volume that this one was a snapshot of, when it was taken.
+        /// Name of the volume that this one was taken of, or, where that is gone, of what that was
+        /// taken of. It is in the catalogue.
         var origin: String?
+        /// Volumes without an origin that have this in common were taken of one that is gone.
+        var family: UInt64?
         /// Seconds since 1970.
         var created: UInt64
         /// Nobody may write to it; absent where it can be written.
@@ -68,6 +71,36 @@ package struct Catalogue: Codable, Equatable, Sendable {
     package init() {}
 
     func entry(named name: String) -> Entry? { volumes.first { $0.name == name } }
+
+    /// Takes a volume out, and its name out of the origins: the next volume of that name is another.
+    mutating func remove(_ name: String) {
+        guard let index = volumes.firstIndex(where: { $0.name == name }) else { return }
+        let gone = volumes.remove(at: index)
+        if gone.origin != nil || gone.family != nil {
+            for index in volumes.indices where volumes[index].origin == name {
+                volumes[index].origin = gone.origin
+                volumes[index].family = gone.family
+            }
+        }
+        replaceLostOrigins()
+    }
+
+    /// Those that have lost the same origin become a family.
+    private mutating func replaceLostOrigins() {
+        let names = Set(volumes.map(\.name))
+        var used = Set(volumes.compactMap(\.family))
+        var families: [String: UInt64] = [:]
+        var number: UInt64 = 0
+        for index in volumes.indices {
+            guard let origin = volumes[index].origin, !names.contains(origin) else { continue }
+            if families[origin] == nil {
+                while !used.insert(number).inserted { number += 1 }
+                families[origin] = number
+            }
+            volumes[index].origin = nil
+            volumes[index].family = families[origin]
+        }
+    }
 
     /// - Returns: header and payload, padded with zeroes to whole blocks.
     package func encoded(blockSize: UInt64) throws(PoolError) -> [UInt8] {
@@ -118,7 +151,7 @@ package struct Catalogue: Codable, Equatable, Sendable {
             clinux_crc32c(payload.baseAddress, payload.count)
                 == header.le32(CatalogueLayout.checksum)
         else { throw damaged("its checksum is wrong") }
-        let catalogue: Catalogue
+        var catalogue: Catalogue
         do {
             catalogue = try JSONDecoder().decode(Catalogue.self, from: Data(payload))
         } catch {
@@ -138,6 +171,8 @@ package struct Catalogue: Codable, Equatable, Sendable {
                     "volume \"\(entry.name)\" has an impossible name, size or description")
             }
         }
+        // Earlier versions left the names of volumes that are gone.
+        catalogue.replaceLostOrigins()
         return catalogue
     }
 

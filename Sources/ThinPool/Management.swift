@@ -143,7 +143,7 @@ extension Pool {
             try requireUnused(volume)
             volume.isBeingDeleted = true
             device = volume.id
-            next.volumes.removeAll { $0.name == name }
+            next.remove(name)
             do throws(MetadataError) {
                 let mapped = try metadata.details(device)?.mappedBlocks ?? 0
                 deletesAtOnce =

@@ -44,16 +44,24 @@ extension Pool {
         let entries = lock.withLock { catalogue.volumes.filter { volumesByName[$0.name] != nil } }
         var snapshots: [String: [Catalogue.Entry]] = [:]
         var origins: [String: String] = [:]
+        var siblings: [UInt64: [String]] = [:]
+        var families: [String: UInt64] = [:]
         for entry in entries {
-            guard let origin = entry.origin else { continue }
-            snapshots[origin, default: []].append(entry)
-            origins[entry.name] = origin
+            if let origin = entry.origin {
+                snapshots[origin, default: []].append(entry)
+                origins[entry.name] = origin
+            } else if let family = entry.family {
+                siblings[family, default: []].append(entry.name)
+                families[entry.name] = family
+            }
         }
         // An origin that is gone still makes its snapshots relatives.
         var family: Set<String> = [volume.name]
         var next = [volume.name]
         while let name = next.popLast() {
-            let relatives = (snapshots[name] ?? []).map(\.name) + (origins[name].map { [$0] } ?? [])
+            let relatives =
+                (snapshots[name] ?? []).map(\.name) + (origins[name].map { [$0] } ?? [])
+                + (families[name].flatMap { siblings[$0] } ?? [])
             for relative in relatives where family.insert(relative).inserted {
                 next.append(relative)
             }

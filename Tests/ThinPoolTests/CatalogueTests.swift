@@ -151,13 +151,25 @@ import ThinMetadata
         }
     }
 
+    /// An origin that is gone, by whose name there may be another volume soon.
+    @Test func lostOrigins() throws {
+        let volumes = [(1, "v", "gone"), (2, "w", "v"), (3, "x", "gone"), (4, "y", "other")].map {
+            #"{"created":5,"id":\#($0.0),"name":"\#($0.1)","size":512,"origin":"\#($0.2)"}"#
+        }
+        let old = #"{"deleting":[],"volumes":[\#(volumes.joined(separator: ","))]}"#
+        let read = try decode(old).volumes
+        #expect(read.map(\.origin) == [nil, "v", nil, nil])
+        #expect(read.map { $0.family == read[0].family } == [true, false, true, false])
+        #expect(read[1].family == nil && read[3].family != nil)
+    }
+
     /// A volume without them is written as before.
     @Test func whatIsNotSetIsNotWritten() throws {
         var catalogue = Catalogue()
         catalogue.volumes = [.init(id: 1, name: "v", size: 512, created: 5)]
         let bytes = try catalogue.encoded(blockSize: 4096)
         let text = String(decoding: bytes[CatalogueLayout.payload...], as: UTF8.self)
-        #expect(!text.contains("readOnly") && !text.contains("description"))
+        #expect(["readOnly", "description", "origin", "family"].allSatisfy { !text.contains($0) })
     }
 
     // MARK: - Families
@@ -180,5 +192,32 @@ import ThinMetadata
         try bench.change(.delete(name: "a"))
         #expect(try bases("c") == ["b", "d"])
         #expect(try bases("z") == ["y"])
+        // So are those of a snapshot that has gone.
+        try bench.change(.snapshot(origin: "d", name: "e"))
+        for name in ["b", "d"] { try bench.change(.delete(name: name)) }
+        #expect(try bases("c") == ["e"])
+        try bench.rest()
+        try bench.reopen()
+        #expect(try bases("c") == ["e"])
+    }
+
+    /// A volume is not what another one of its name has been.
+    @Test func namesComeBack() throws {
+        let bench = try Bench()
+        func origin(_ name: String) throws -> String? { try info(bench, name).origin }
+        func bases(_ name: String) throws -> [String] {
+            bench.pool.extentBases(of: try bench.volume(name), limit: 100)
+        }
+        try bench.change(.create(name: "a", size: 512))
+        try bench.change(.snapshot(origin: "a", name: "s1"))
+        try bench.change(.snapshot(origin: "s1", name: "s2"))
+        try bench.change(.delete(name: "s1"))
+        try bench.change(.create(name: "s1", size: 1024))
+        #expect(try origin("s2") == "a" && origin("s1") == nil)
+        #expect(try bases("s1").isEmpty && bases("s2") == ["a"])
+        try bench.change(.delete(name: "a"))
+        try bench.change(.create(name: "a", size: 512))
+        #expect(try origin("s2") == nil)
+        #expect(try bases("a").isEmpty && bases("s2").isEmpty)
     }
 }
