@@ -39,8 +39,10 @@ struct ServeCommand: ParsableCommand {
             "What clients get that name no export (default: the only volume, if it is one).",
             valueName: "name"))
     var defaultExport: String?
-    @Option(help: ArgumentHelp("Keep the process id in this file.", valueName: "path"))
-    var pidFile: String?
+    @Option(
+        help: ArgumentHelp("Keep the process id in this file.", valueName: "path"),
+        transform: PIDFile.init(path:))
+    var pidFile: PIDFile?
     @Option(
         parsing: .unconditional,
         help: ArgumentHelp(
@@ -99,7 +101,7 @@ struct ServeCommand: ParsableCommand {
         let server = try PoolServer(pool.path, options, logger: logger)
         let uris = try server.start()
         do {
-            if let pidFile { try Self.writeProcessID(to: pidFile) }
+            try pidFile?.write()
         } catch {
             try? server.stop()
             throw error
@@ -128,7 +130,7 @@ struct ServeCommand: ParsableCommand {
         logger.info("\(Self.reason(signal)): stopping")
         tell(.stopping)
         Self.endAtNextSignal(&signals)
-        defer { if let pidFile { unlink(pidFile) } }
+        defer { pidFile?.remove() }
         try server.stop()
         logger.info("stopped: everything is committed")
     }
@@ -193,22 +195,6 @@ struct ServeCommand: ParsableCommand {
         sigdelset(&signals, lastClientGone)
         sigdelset(&signals, restart)
         pthread_sigmask(SIG_UNBLOCK, &signals, nil)
-    }
-
-    /// In one step: nobody reads half a number.
-    private static func writeProcessID(to path: String) throws {
-        let draft = "\(path).\(getpid())"
-        guard let file = fopen(draft, "we") else { throw cannotWrite(path) }
-        let isWritten = fputs("\(getpid())\n", file) >= 0
-        guard fclose(file) == 0, isWritten, rename(draft, path) == 0 else {
-            let error = cannotWrite(path)
-            unlink(draft)
-            throw error
-        }
-    }
-
-    private static func cannotWrite(_ path: String) -> ControlError {
-        ControlError(.device, "cannot write \(path): \(SystemError.words(errno))")
     }
 }
 
