@@ -31,6 +31,9 @@ struct ListenOptions: ParsableArguments {
 
     func validate() throws {
         if unix.contains("") { throw ValidationError("--unix needs a path, not an empty one") }
+        for (index, path) in unix.enumerated() where unix[..<index].contains(path) {
+            throw ValidationError("--unix \(path) is given twice")
+        }
         if stdio && !(unix.isEmpty && listen.isEmpty) {
             throw ValidationError("--stdio serves one client and does not listen: leave the others")
         }

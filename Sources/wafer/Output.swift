@@ -3,7 +3,7 @@
 import ArgumentParser
 import Control
 import FoundationEssentials
-import Glibc
+@preconcurrency import Glibc
 
 enum Output {
     static func json(_ value: some Encodable) throws {
@@ -20,6 +20,23 @@ enum Output {
             guard count > 0 else { return }
             bytes.removeFirst(count)
         }
+    }
+
+    /// Writes what is still buffered.
+    ///
+    /// - Returns: why not everything that was printed is written; nil: it is, or its reader has gone
+    ///   and wants no more.
+    static func finish() -> String? {
+        let isFlushed = fflush(stdout) == 0
+        let code = errno
+        guard !isFlushed || ferror(stdout) != 0, !hasReaderGone else { return nil }
+        return "cannot write to standard output"
+            + (isFlushed ? "" : ": \(String(cString: strerror(code)))")
+    }
+
+    private static var hasReaderGone: Bool {
+        var output = pollfd(fd: STDOUT_FILENO, events: Int16(POLLOUT), revents: 0)
+        return poll(&output, 1, 0) == 1 && output.revents & Int16(POLLERR | POLLHUP) != 0
     }
 
     /// Columns aligned at the left, two spaces between them.

@@ -11,16 +11,67 @@ enum Main {
     private static let failed: Int32 = 1
 
     static func main() {
-        // A reader that goes away is an error of its write, not the end of the process.
+        guard openStandardDescriptors() else { exit(failed) }
+        // A reader that goes away, or a file that must not grow, is an error of a write, not the end
+        // of the process.
         signal(SIGPIPE, SIG_IGN)
+        signal(SIGXFSZ, SIG_IGN)
+        var status = run()
+        if let problem = Output.finish(), status == EXIT_SUCCESS {
+            complain(problem)
+            status = failed
+        }
+        exit(status)
+    }
+
+    private static func run() -> Int32 {
         do {
+            try checkEncoding()
+            try checkHelp()
             var command = try Wafer.parseAsRoot()
             try command.run()
+            return EXIT_SUCCESS
         } catch let error as ControlError {
             complain(error.message)
-            exit(failed)
+            return failed
         } catch {
-            Wafer.exit(withError: error)
+            let status = Wafer.exitCode(for: error)
+            let text = Wafer.fullMessage(for: error, columns: nil)
+            if status.isSuccess { print(text) } else { Output.error("\(text)\n") }
+            return status.rawValue
+        }
+    }
+
+    /// What is opened next must not become the standard output: the pool would get all that is said.
+    private static func openStandardDescriptors() -> Bool {
+        for descriptor in STDIN_FILENO...STDERR_FILENO where fcntl(descriptor, F_GETFD) < 0 {
+            // The lowest that is free.
+            guard open("/dev/null", O_RDWR) == descriptor else { return false }
+        }
+        return true
+    }
+
+    /// Bytes that are not UTF-8 would become others: another file's name.
+    private static func checkEncoding() throws {
+        for (index, argument) in CommandLine.arguments.enumerated() {
+            guard let bytes = CommandLine.unsafeArgv[index] else { continue }
+            if String(validatingCString: bytes) == nil {
+                throw ValidationError("\"\(argument)\" is not UTF-8")
+            }
+        }
+    }
+
+    /// The parser's own command "help" passes over names that it does not know.
+    private static func checkHelp() throws {
+        let words = CommandLine.arguments.dropFirst()
+        guard words.first == "help" else { return }
+        var command: any ParsableCommand.Type = Wafer.self
+        for word in words.dropFirst() where !word.hasPrefix("-") {
+            let next = command.configuration.subcommands.first {
+                $0.configuration.commandName == word
+            }
+            guard let next else { throw ValidationError("there is no command \"\(word)\"") }
+            command = next
         }
     }
 
@@ -50,6 +101,8 @@ struct PoolCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "pool", abstract: "Make, look at, check and enlarge pools.",
         subcommands: [PoolCreate.self, PoolShow.self, PoolCheckCommand.self, PoolGrow.self])
+
+    func run() throws { throw ValidationError("what to do with a pool is missing") }
 }
 
 struct VolumeCommand: ParsableCommand {
@@ -60,6 +113,8 @@ struct VolumeCommand: ParsableCommand {
             VolumeCreate.self, VolumeList.self, VolumeSnapshot.self, VolumeSet.self,
             VolumeDelete.self, VolumeAdopt.self,
         ])
+
+    func run() throws { throw ValidationError("what to do with a volume is missing") }
 }
 
 struct PoolArgument: ParsableArguments {
