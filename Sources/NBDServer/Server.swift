@@ -61,7 +61,8 @@ public final class Server {
             throw error
         }
         state!.startup.open(serving: true)
-        return listeners.map(\.uri)
+        let scheme = configuration.tls?.policy == .require ? "nbds" : "nbd"
+        return listeners.map { scheme + $0.uri.dropFirst("nbd".count) }
     }
 
     /// Stops serving; returns when everything that was begun has been finished.

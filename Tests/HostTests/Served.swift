@@ -129,7 +129,7 @@ final class Server: Sendable {
         let began = eventually(within: Self.startSeconds) {
             program.output.split(separator: "\n").count == 2 || !program.isRunning
         }
-        let marker = "nbd://127.0.0.1:"
+        let marker = "://127.0.0.1:"
         guard began, program.isRunning,
             let line = program.output.split(separator: "\n").first(where: { $0.contains(marker) }),
             let port = UInt16(line.split(separator: ":").last ?? "")

@@ -102,6 +102,9 @@ final class Credentials: Sendable {
 
     @Test func requiredTLSKeepsPlaintextOut() throws {
         let server = try serve("--tls=require", "--tls-psk", credentials.keys)
+        let lines = server.program.output.split(separator: "\n")
+        #expect(lines.first?.hasPrefix("listening on nbds+unix:///?socket=") == true)
+        #expect(lines.last == "listening on nbds://127.0.0.1:\(server.port)")
         for uri in [server.uri("alpha"), server.tcpURI("alpha")] {
             let outcome = try run("nbdinfo", [uri])
             #expect(outcome.status != 0, "\(outcome)")
