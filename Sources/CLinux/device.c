@@ -115,6 +115,10 @@ void *clinux_remap(void *memory, size_t old_length, size_t new_length) {
     return moved == MAP_FAILED ? NULL : moved;
 }
 
+int clinux_signal_at_end_of_parent(int number) {
+    return prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) == 0 ? 0 : -errno;
+}
+
 int clinux_memory_file(const char *name) {
     int fd = memfd_create(name, 0);
     return fd < 0 ? -errno : fd;

@@ -1,6 +1,7 @@
 // What people and scripts read: tables, JSON, progress.
 
 import ArgumentParser
+import BlockIO
 import Control
 import FoundationEssentials
 @preconcurrency import Glibc
@@ -31,7 +32,7 @@ enum Output {
         let code = errno
         guard !isFlushed || ferror(stdout) != 0, !hasReaderGone else { return nil }
         return "cannot write to standard output"
-            + (isFlushed ? "" : ": \(String(cString: strerror(code)))")
+            + (isFlushed ? "" : ": \(SystemError.words(code))")
     }
 
     private static var hasReaderGone: Bool {

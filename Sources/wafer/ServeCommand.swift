@@ -39,6 +39,8 @@ struct ServeCommand: ParsableCommand {
             "What clients get that name no export (default: the only volume, if it is one).",
             valueName: "name"))
     var defaultExport: String?
+    @Flag(help: "End when the process that started the server does.")
+    var exitWithParent = false
     @Option(
         help: ArgumentHelp("Keep the process id in this file.", valueName: "path"),
         transform: PIDFile.init(path:))
@@ -82,6 +84,7 @@ struct ServeCommand: ParsableCommand {
 
     func run() throws {
         var signals = Self.blockSignals(isStandardSocket: listening.stdio)
+        if exitWithParent { try ParentProcess.endWithIt() }
         let level = logLevel ?? .info
         LoggingSystem.bootstrap { label in
             var handler = StreamLogHandler.standardError(label: label)
@@ -108,9 +111,12 @@ struct ServeCommand: ParsableCommand {
         }
         if let inherited = options.listening.inherited {
             logger.info("took over", metadata: ["clients": "\(inherited.clientCount)"])
-        } else {
+        } else if options.listening.sockets.isEmpty {
             for uri in uris { print("listening on \(uri)") }
             fflush(nil)
+        } else {
+            // Who handed them over knows, and may have given its own standard output along.
+            for uri in uris { logger.info("listening on \(uri)") }
         }
         tell(.ready)
 

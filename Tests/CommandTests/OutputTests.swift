@@ -48,7 +48,8 @@ import Testing
 
     @Test func argumentsThatAreNotText() throws {
         let outcome = try shell(
-            "exec \"$@\" \"$(printf 'p\\377\\376')\" --data-size 64MiB", ["pool", "create"])
+            "cd \(scratch.folder.path); exec \"$@\" \"$(printf 'p\\377')\" --data-size 64MiB",
+            ["pool", "create"])
         #expect(outcome.status == 64 && outcome.error.contains("not UTF-8"), "\(outcome)")
         let names = try FileManager.default.contentsOfDirectory(atPath: scratch.folder.path)
         #expect(names.allSatisfy { $0.hasSuffix(".out") || $0.hasSuffix(".err") }, "\(names)")

@@ -86,7 +86,9 @@ import Testing
                 let info = try Program.run("nbdinfo", ["--size", uri], in: pool.scratch)
                 #expect(info.output == "\(mebibyte)\n", "\(info)")
             }
-            #expect(server.output.split(separator: "\n").count == sockets.count)
+            #expect(server.output.isEmpty)
+            let lines = server.error.split(separator: "\n")
+            #expect(lines.count { $0.contains("listening on nbd") } == sockets.count)
             #expect(access(pool.path + "/nbd.sock", F_OK) != 0)
             let names = try FileManager.default.contentsOfDirectory(
                 atPath: "/proc/\(server.pid)/fd")
@@ -106,7 +108,7 @@ import Testing
         defer { close(tcp) }
         for _ in 0..<3 {
             let first = try activated(pool, [tcp])
-            #expect(eventually { first.output.contains("listening") })
+            #expect(eventually { first.error.contains("listening") })
             first.signal(SIGTERM)
             let scratch = pool.scratch
             let client = try Program(
@@ -190,13 +192,28 @@ import Testing
         }
     }
 
-    /// libnbd plays systemd, too.
+    /// libnbd plays systemd, too, and the server inherits the client's standard output.
     @Test func activationByLibnbd() throws {
-        let pool = try TestPool(volumes: [("vol", mebibyte)])
-        let outcome = try Program.run(
-            "nbdinfo", ["--size", "[", Program.wafer, "serve", pool.path, "]"], in: pool.scratch)
-        // The server's own line is there, too: it has inherited nbdinfo's output.
-        #expect(outcome.status == 0 && outcome.output.hasSuffix("\n\(mebibyte)\n"), "\(outcome)")
+        let pool = try TestPool(volumes: [("vol", mebibyte), ("other", mebibyte)])
+        func run(
+            _ tool: String, _ options: String..., server: String..., end: String...
+        ) throws -> Outcome {
+            let command = [Program.wafer, "serve", "--exit-with-parent"] + server + [pool.path]
+            return try Program.run(
+                tool, options + ["--", "["] + command + ["]"] + end, in: pool.scratch)
+        }
+        let info = try run("nbdinfo", "--size", server: "--default-export", "vol")
+        #expect(info.status == 0 && info.output == "\(mebibyte)\n", "\(info)")
+        let copy = try run("nbdcopy", server: "--default-export", "vol", end: "-")
+        #expect(copy.status == 0)
+        #expect(copy.output.utf8.elementsEqual(repeatElement(0, count: Int(mebibyte))))
+        // The client does not say which volume, fails, and leaves its server alone.
+        #expect(try run("nbdinfo", "--size").status != 0)
+        let hasEnded = try eventually {
+            let status = try pool.wafer(["pool", "status", pool.path])
+            return status.output.contains("served       no")
+        }
+        #expect(hasEnded)
         try pool.expectClean()
     }
 
@@ -226,6 +243,48 @@ import Testing
             #expect(outcome.error.contains("the client has gone"))
             #expect(outcome.error.contains("everything is committed"))
             try pool.expectClean()
+        }
+    }
+
+    /// inetd gives the socket as standard error, too.
+    @Test func standardInputFromInetd() throws {
+        let pool = try TestPool(volumes: [("vol", mebibyte)])
+        var ends: [Int32] = [-1, -1]
+        try #require(
+            socketpair(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0, &ends)
+                == 0)
+        let server = try Program(
+            "/bin/sh",
+            ["-c", "exec \"$@\" 2>&0", "sh", Program.wafer, "serve", pool.path, "--stdio"],
+            in: pool.scratch, input: ends[1])
+        close(ends[1])
+        let client = try Client()
+        try client.check(nbd_set_export_name(client.handle, "vol"))
+        try client.check(nbd_connect_socket(client.handle, ends[0]))
+        let bytes = pattern(5, 0, 65536)
+        try client.write(0, bytes)
+        #expect(same(try client.read(0, 65536), bytes))
+        try client.disconnect()
+        #expect(server.wait(seconds: 20).status == 0)
+        try pool.expectClean()
+    }
+
+    @Test func endsWithItsParent() throws {
+        let pool = try TestPool(volumes: [("vol", mebibyte)])
+        let file = pool.scratch.file("pid")
+        let parent = try Program(
+            "/bin/sh",
+            [
+                "-c", "\"$@\" & until [ -s \(file) ]; do sleep 0.05; done; kill -9 $$", "sh",
+                Program.wafer, "serve", pool.path, "--exit-with-parent", "--pid-file", file,
+            ], in: pool.scratch)
+        #expect(parent.wait(seconds: 20).status == 128 + SIGKILL)
+        let hasEnded = eventually { parent.error.contains("everything is committed") }
+        #expect(hasEnded, "\(parent.error)")
+        #expect(eventually { access(file, F_OK) != 0 })
+        let text = try? String(contentsOfFile: file, encoding: .utf8)
+        if !hasEnded, let pid = text.flatMap({ pid_t($0.dropLast()) }) {
+            kill(pid, SIGKILL)
         }
     }
 

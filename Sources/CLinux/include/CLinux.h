@@ -93,6 +93,8 @@ int clinux_set_io_flusher(void);
 int clinux_lock_memory(void);
 /// Names the calling thread, for tools that list threads; at most 15 bytes count.
 void clinux_name_thread(const char *name);
+/// PR_SET_PDEATHSIG: `number` comes when the thread ends that started the process, also after exec.
+int clinux_signal_at_end_of_parent(int number);
 /// memfd_create: an empty file in memory, open across exec.
 int clinux_memory_file(const char *name);
 /// mremap, moving where it must: the new place, or NULL with errno.
