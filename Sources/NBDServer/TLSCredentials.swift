@@ -2,6 +2,7 @@
 // read once at the start and shared by all reactors.
 //
 // 1. Everything is read and checked here. A session neither opens a file nor finds one bad.
+//    But time passes: clients with certificates are refused once a list of revoked ones is outdated.
 // 2. Nothing changes after `init`: GnuTLS lets threads share credentials that nobody changes.
 // 3. The versions and algorithms are the operator's, or TLS 1.2 and 1.3 with ciphers that
 //    authenticate, and keys that a stolen certificate's or pre-shared key does not give away.
@@ -55,6 +56,9 @@ public final class TLSCredentials: @unchecked Sendable {
     private let keys: [String: [UInt8]]
     private let verifiesClients: Bool
     private let allowedNames: [NamePattern]
+    /// Of the lists of revoked certificates, if there are any.
+    private let revocation: RevocationPeriod?
+    private let clock: @Sendable () -> time_t
     /// What to look for in a client's certificate; GnuTLS keeps the pointer for each session.
     private let clientPurpose: UnsafeMutablePointer<gnutls_typed_vdata_st>
 
@@ -74,8 +78,13 @@ public final class TLSCredentials: @unchecked Sendable {
         + ":+CHACHA20-POLY1305:-RSA:-DHE-RSA:-GROUP-DH-ALL:%SERVER_PRECEDENCE"
     private static let presharedKeyExchange = ":+ECDHE-PSK"
 
-    public init(_ settings: TLSSettings) throws(ServerError) {
+    /// - Parameter clock: what time it is when a client comes.
+    public init(
+        _ settings: TLSSettings, clock: @escaping @Sendable () -> time_t = { time(nil) }
+    ) throws(ServerError) {
         var warnings: [String] = []
+        var revocation: RevocationPeriod?
+        self.clock = clock
         verifiesClients = settings.verifiesClients
         allowedNames = settings.allowedNames.map(NamePattern.init)
         keys =
@@ -86,7 +95,7 @@ public final class TLSCredentials: @unchecked Sendable {
             settings.priority, withPresharedKeys: settings.presharedKeys != nil)
         do throws(ServerError) {
             certificate = try settings.certificates.map { directory throws(ServerError) in
-                try Self.loadCertificates(directory, settings, &warnings)
+                try Self.loadCertificates(directory, settings, &revocation, &warnings)
             }
         } catch {
             gnutls_priority_deinit(priorities)
@@ -101,6 +110,7 @@ public final class TLSCredentials: @unchecked Sendable {
                 data: UnsafeMutableRawPointer(strdup(GNUTLS_KP_TLS_WWW_CLIENT))
                     .assumingMemoryBound(to: UInt8.self), size: 0))
     }
+        self.revocation = revocation
 
     deinit {
         if let certificate { gnutls_certificate_free_credentials(certificate) }
@@ -135,13 +145,16 @@ public final class TLSCredentials: @unchecked Sendable {
 
     var asksForCertificates: Bool { verifiesClients }
 
-    /// Whether who has proved to be `identity` may come in.
-    func admits(_ identity: TLSIdentity) -> Bool {
+    /// Why who has proved to be `identity` may not come in; nil: they may.
+    func refusal(of identity: TLSIdentity) -> String? {
+        let stranger = "the client is not among those that are let in: \(identity)"
         switch identity {
-        case .presharedKey: true
+        case .presharedKey: return nil
         case .certificate(let name):
-            allowedNames.isEmpty || allowedNames.contains { $0.matches(name) }
-        case .none: !verifiesClients
+            if let revocation, clock() > revocation.end { return revocation.isOver }
+            let isAllowed = allowedNames.isEmpty || allowedNames.contains { $0.matches(name) }
+            return isAllowed ? nil : stranger
+        case .none: return verifiesClients ? stranger : nil
         }
     }
 
@@ -195,13 +208,15 @@ public final class TLSCredentials: @unchecked Sendable {
     }
 
     private static func loadCertificates(
-        _ directory: String, _ settings: TLSSettings, _ warnings: inout [String]
+        _ directory: String, _ settings: TLSSettings, _ revocation: inout RevocationPeriod?,
+        _ warnings: inout [String]
     ) throws(ServerError) -> gnutls_certificate_credentials_t {
         let certificatePath = "\(directory)/\(certificateFile)"
         let keyPath = "\(directory)/\(keyFile)"
         let chain = try SecretFile.read(certificatePath)
         let key = try SecretFile.read(keyPath, warnings: &warnings)
-        try CertificateList.check(chain, certificatePath)
+        try CertificateFiles.checkCertificates(chain, certificatePath)
+        try CertificateFiles.checkKey(key, keyPath)
 
         var allocated: gnutls_certificate_credentials_t?
         guard gnutls_certificate_allocate_credentials(&allocated) == 0, let credentials = allocated
@@ -214,7 +229,7 @@ public final class TLSCredentials: @unchecked Sendable {
                 }
             }
             guard result >= 0 else { throw failure("use \(keyPath)", result) }
-            if settings.verifiesClients { try trust(directory, credentials) }
+            if settings.verifiesClients { revocation = try trust(directory, credentials) }
         } catch {
             gnutls_certificate_free_credentials(credentials)
             throw error
@@ -222,20 +237,20 @@ public final class TLSCredentials: @unchecked Sendable {
         return credentials
     }
 
-    /// Who vouches for clients.
+    /// Who vouches for clients, and for how long what they have revoked is known.
     private static func trust(
         _ directory: String, _ credentials: gnutls_certificate_credentials_t
-    ) throws(ServerError) {
+    ) throws(ServerError) -> RevocationPeriod? {
         let authorityPath = "\(directory)/\(authorityFile)"
         let authorities = try SecretFile.read(authorityPath)
-        try CertificateList.check(authorities, authorityPath)
+        try CertificateFiles.checkCertificates(authorities, authorityPath)
         let count = withData(authorities) {
             gnutls_certificate_set_x509_trust_mem(credentials, $0, GNUTLS_X509_FMT_PEM)
         }
         guard count > 0 else { throw failure("use \(authorityPath)", count) }
 
         let revocationPath = "\(directory)/\(revocationFile)"
-        guard access(revocationPath, F_OK) == 0 else { return }
+        guard access(revocationPath, F_OK) == 0 else { return nil }
         let revoked = try SecretFile.read(revocationPath)
         let result = withData(revoked) {
             gnutls_certificate_set_x509_crl_mem(credentials, $0, GNUTLS_X509_FMT_PEM)
@@ -245,10 +260,13 @@ public final class TLSCredentials: @unchecked Sendable {
 
     private static func failure(_ operation: String, _ code: Int32) -> ServerError {
         ServerError(operation: operation, code: 0, reason: TLSWords.error(code))
+        let period = try CertificateFiles.checkRevocation(
+            revoked, revocationPath, by: authorities, authorityPath)
     }
 }
 
 /// Who a client has proved to be.
+        return period
 package enum TLSIdentity: Equatable, Sendable, CustomStringConvertible {
     /// Nobody was asked: the client may be anybody.
     case none
@@ -305,58 +323,5 @@ struct NamePattern {
         }
         parts.append(name[start...])
         return parts
-    }
-}
-
-/// Calls `body` with the bytes as GnuTLS wants them; it only reads them.
-private func withData<Result>(
-    _ bytes: [UInt8], _ body: (UnsafePointer<gnutls_datum_t>) -> Result
-) -> Result {
-    bytes.withUnsafeBufferPointer { bytes in
-        var data = gnutls_datum_t(
-            data: UnsafeMutablePointer(mutating: bytes.baseAddress), size: UInt32(bytes.count))
-        return body(&data)
-    }
-}
-
-private enum CertificateList {
-    /// Throws unless there is a first certificate, and it is valid now. (Behind the server's own
-    /// come those of authorities, in whose dates clients take an interest.)
-    static func check(_ bytes: [UInt8], _ path: String) throws(ServerError) {
-        var list: UnsafeMutablePointer<gnutls_x509_crt_t?>?
-        var count: UInt32 = 0
-        let result = withData(bytes) {
-            gnutls_x509_crt_list_import2(&list, &count, $0, GNUTLS_X509_FMT_PEM, 0)
-        }
-        guard result >= 0, let list, count > 0 else {
-            throw ServerError(
-                operation: "use \(path)", code: 0,
-                reason: "there is no certificate in it (\(TLSWords.error(result)))")
-        }
-        defer {
-            for index in 0..<Int(count) { gnutls_x509_crt_deinit(list[index]) }
-            cgnutls_free(list)
-        }
-        let now = time(nil)
-        let end = gnutls_x509_crt_get_expiration_time(list[0])
-        let start = gnutls_x509_crt_get_activation_time(list[0])
-        guard now <= end else {
-            throw ServerError(
-                operation: "use \(path)", code: 0,
-                reason: "the certificate expired on \(day(end)); make a new one")
-        }
-        guard now >= start else {
-            throw ServerError(
-                operation: "use \(path)", code: 0,
-                reason: "the certificate is not valid before \(day(start)); check the clock")
-        }
-    }
-
-    private static func day(_ time: time_t) -> String {
-        var time = time
-        var parts = tm()
-        gmtime_r(&time, &parts)
-        func figures(_ number: Int32) -> String { (number < 10 ? "0" : "") + "\(number)" }
-        return "\(1900 + parts.tm_year)-\(figures(parts.tm_mon + 1))-\(figures(parts.tm_mday))"
     }
 }

@@ -163,9 +163,9 @@ package final class TLSSession {
             gnutls_alert_send(session, GNUTLS_AL_FATAL, GNUTLS_A_INTERNAL_ERROR)
             return .failed("the client's name cannot be read")
         }
-        guard credentials.admits(identity) else {
+        if let reason = credentials.refusal(of: identity) {
             gnutls_alert_send(session, GNUTLS_AL_FATAL, GNUTLS_A_ACCESS_DENIED)
-            return .failed("the client is not among those that are let in: \(identity)")
+            return .failed(reason)
         }
         self.identity = identity
         isEstablished = true

@@ -15,20 +15,22 @@ enum TLSWords {
             return "the client refused: "
                 + (alert.map { tidied(String(cString: $0)) } ?? "no reason")
         case GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR:
-            let status = gnutls_session_get_verify_cert_status(session)
-            var text = gnutls_datum_t()
-            guard
-                gnutls_certificate_verification_status_print(
-                    status, GNUTLS_CRT_X509, &text, 0) == 0, let data = text.data
-            else { return error(code) }
-            defer { cgnutls_free(data) }
-            return tidied(
-                String(
-                    decoding: UnsafeBufferPointer(start: data, count: Int(text.size)), as: UTF8.self
-                ))
+            return verification(gnutls_session_get_verify_cert_status(session)) ?? error(code)
         default:
             return error(code)
         }
+    }
+
+    /// What is wrong with a certificate, or a list of them.
+    static func verification(_ status: UInt32) -> String? {
+        var text = gnutls_datum_t()
+        guard
+            gnutls_certificate_verification_status_print(status, GNUTLS_CRT_X509, &text, 0) == 0,
+            let data = text.data
+        else { return nil }
+        defer { cgnutls_free(data) }
+        let bytes = UnsafeBufferPointer(start: data, count: Int(text.size))
+        return tidied(String(decoding: bytes, as: UTF8.self))
     }
 
     /// Without the full stop, beginning in lower case unless it is an abbreviation.

@@ -20,15 +20,17 @@ enum TestCredentials {
         return path
     }()
 
+    /// - Parameter later: seconds from the start to the clients.
     static func server(
         _ directory: String? = "server", psk: String? = nil,
+        later: time_t = 0,
         _ change: (inout TLSSettings) -> Void = { _ in }
     ) throws -> TLSCredentials {
         var settings = TLSSettings()
         settings.certificates = directory.map { "\(path)/\($0)" }
         settings.presharedKeys = psk.map { "\(path)/\($0)/keys.psk" }
         change(&settings)
-        return try TLSCredentials(settings)
+        return try TLSCredentials(settings, clock: { time(nil) + later })
     }
 }
 

@@ -81,13 +81,25 @@ import Testing
         #expect(
             message { _ = try TLSCredentials(settings) }.contains(
                 "use \(directory.path)/server-key.pem"))
+        try copy("server/server-cert.pem", "server-key.pem")
+        #expect(
+            message { _ = try TLSCredentials(settings) }.contains(
+                "server-key.pem: there is no private key in it"))
         try copy("server/server-key.pem", "server-key.pem")
         #expect(message { _ = try TLSCredentials(settings) }.contains("ca-cert.pem: no such file"))
         try copy("alice/client-key.pem", "ca-cert.pem")
         #expect(message { _ = try TLSCredentials(settings) }.contains("no certificate in it"))
         try copy("server/ca-cert.pem", "ca-cert.pem")
         try copy("alice/client-key.pem", "ca-crl.pem")
-        #expect(message { _ = try TLSCredentials(settings) }.contains("ca-crl.pem"))
+        #expect(
+            message { _ = try TLSCredentials(settings) }.contains(
+                "ca-crl.pem: there is no list of revoked certificates in it"))
+        try copy("outdated/ca-crl.pem", "ca-crl.pem")
+        #expect(
+            message { _ = try TLSCredentials(settings) }.contains(
+                "ca-crl.pem: it was to be renewed by 2020-02-01"))
+        try copy("forged/ca-crl.pem", "ca-crl.pem")
+        #expect(message { _ = try TLSCredentials(settings) }.contains("nobody in "))
         try copy("revoking/ca-crl.pem", "ca-crl.pem")
         _ = try TLSCredentials(settings)
     }

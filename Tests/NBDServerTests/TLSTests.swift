@@ -2,6 +2,7 @@
 // refusals, streams that are cut, changed or made up, and what must never be taken for TLS.
 
 import CGnuTLS
+import Glibc
 import NBDProtocol
 import Testing
 import ThinPool
@@ -162,6 +163,27 @@ import ThinPool
         let client = client(credentials)
         try client.enter(.certificate("alice"))
         end(client)
+    }
+
+    /// Its list is for two days.
+    @Test func nobodyComesInByAnOutdatedList() throws {
+        let day: time_t = 24 * 3600
+        let early = client(
+            try TestCredentials.server("revoking", later: day) { $0.verifiesClients = true })
+        try early.enter(.certificate("alice"))
+        end(early)
+        let credentials = try TestCredentials.server("revoking", psk: "psk", later: 3 * day) {
+            $0.verifiesClients = true
+        }
+        let late = client(credentials)
+        #expect(throws: ClientError.self) { try late.enter(.certificate("alice")) }
+        late.hangUp()
+        #expect(late.connection.problem?.contains("ca-crl.pem was to be renewed by ") == true)
+        #expect(late.connection.isGone)
+        // Keys are not on it.
+        let keyed = client(credentials)
+        try keyed.enter(.key("psk", user: "alice"))
+        end(keyed)
     }
 
     @Test func oldVersionsAreRefused() throws {
