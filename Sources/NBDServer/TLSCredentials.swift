@@ -86,7 +86,15 @@ public final class TLSCredentials: @unchecked Sendable {
         var revocation: RevocationPeriod?
         self.clock = clock
         verifiesClients = settings.verifiesClients
-        allowedNames = settings.allowedNames.map(NamePattern.init)
+        allowedNames = try settings.allowedNames.map { name throws(ServerError) in
+            guard let pattern = NamePattern(name) else {
+                throw ServerError(
+                    operation: "let in \"\(name)\"", code: 0,
+                    reason: "that is no name of a certificate; write it as the log does: "
+                        + "CN=alice,O=Example")
+            }
+            return pattern
+        }
         keys =
             try settings.presharedKeys.map { path throws(ServerError) in
                 try PresharedKeys.read(path, &warnings)
@@ -102,6 +110,7 @@ public final class TLSCredentials: @unchecked Sendable {
             throw error
         }
         presharedKey = settings.presharedKeys == nil ? nil : Self.presharedKeyCredentials()
+        self.revocation = revocation
         self.warnings = warnings
         clientPurpose = .allocate(capacity: 1)
         clientPurpose.initialize(
@@ -110,7 +119,6 @@ public final class TLSCredentials: @unchecked Sendable {
                 data: UnsafeMutableRawPointer(strdup(GNUTLS_KP_TLS_WWW_CLIENT))
                     .assumingMemoryBound(to: UInt8.self), size: 0))
     }
-        self.revocation = revocation
 
     deinit {
         if let certificate { gnutls_certificate_free_credentials(certificate) }
@@ -252,21 +260,21 @@ public final class TLSCredentials: @unchecked Sendable {
         let revocationPath = "\(directory)/\(revocationFile)"
         guard access(revocationPath, F_OK) == 0 else { return nil }
         let revoked = try SecretFile.read(revocationPath)
+        let period = try CertificateFiles.checkRevocation(
+            revoked, revocationPath, by: authorities, authorityPath)
         let result = withData(revoked) {
             gnutls_certificate_set_x509_crl_mem(credentials, $0, GNUTLS_X509_FMT_PEM)
         }
         guard result > 0 else { throw failure("use \(revocationPath)", result) }
+        return period
     }
 
     private static func failure(_ operation: String, _ code: Int32) -> ServerError {
         ServerError(operation: operation, code: 0, reason: TLSWords.error(code))
-        let period = try CertificateFiles.checkRevocation(
-            revoked, revocationPath, by: authorities, authorityPath)
     }
 }
 
 /// Who a client has proved to be.
-        return period
 package enum TLSIdentity: Equatable, Sendable, CustomStringConvertible {
     /// Nobody was asked: the client may be anybody.
     case none
@@ -294,7 +302,17 @@ package enum TLSIdentity: Equatable, Sendable, CustomStringConvertible {
 struct NamePattern {
     private let parts: [Substring]
 
-    init(_ text: String) { parts = Self.split(text) }
+    /// Nil: it is no name, each part of which has a type.
+    init?(_ text: String) {
+        parts = Self.split(text)
+        guard parts.allSatisfy(Self.hasType) else { return nil }
+    }
+
+    private static func hasType(_ part: Substring) -> Bool {
+        let part = part.hasPrefix("+") ? part.dropFirst() : part
+        guard let sign = part.firstIndex(of: "="), sign > part.startIndex else { return false }
+        return part[..<sign].allSatisfy { $0.isASCII && ($0.isLetter || $0.isNumber || $0 == ".") }
+    }
 
     func matches(_ name: String) -> Bool {
         let found = Self.split(name)

@@ -228,6 +228,18 @@ final class Credentials: Sendable {
                 ["--tls=on", "--tls-certificates", credentials["expired"]], 1,
                 "the certificate expired on 2020-01-01"
             ),
+            (
+                ["--tls=on", "--tls-certificates", credentials["outdated"], "--tls-verify-peer"],
+                1, "outdated/ca-crl.pem: it was to be renewed by 2020-02-01"
+            ),
+            (
+                ["--tls=on", "--tls-certificates", credentials["forged"], "--tls-verify-peer"],
+                1, "forged/ca-crl.pem: nobody in"
+            ),
+            (
+                ["--tls=on", "--tls-verify-peer", "--tls-allow-dn", "alice"]
+                    + credentials.certificates, 1, "cannot let in \"alice\""
+            ),
             (["--tls=on", "--tls-psk", credentials["none"]], 1, "no such file or directory"),
         ]
         for (options, status, words) in wrong {
