@@ -62,6 +62,13 @@ public final class PoolServer {
         describe(local)
     }
 
+    /// Throws if another server could not start like this one now, as far as that can be told
+    /// while this one has the pool open.
+    public static func rehearse(_ path: String, _ options: ServeOptions) throws(ControlError) {
+        _ = try PoolDirectory.locate(path)
+        _ = try options.tls?.configuration(nil)
+    }
+
     private static func configuration(
         _ directory: PoolDirectory, _ local: LocalPool, _ options: ServeOptions
     ) -> Server.Configuration {

@@ -13,13 +13,13 @@ public struct TLSOptions: Sendable {
 
     public init(_ policy: TLSPolicy) { self.policy = policy }
 
-    /// Reads certificates and keys.
-    func configuration(_ logger: Logger) throws(ControlError) -> TLSConfiguration {
+    /// Reads certificates and keys. Without a logger: to see whether they can be.
+    func configuration(_ logger: Logger?) throws(ControlError) -> TLSConfiguration {
         do throws(ServerError) {
             let credentials = try TLSCredentials(credentials)
-            for warning in credentials.warnings { logger.warning("\(warning)") }
+            for warning in credentials.warnings { logger?.warning("\(warning)") }
             if policy == .on {
-                logger.warning(
+                logger?.warning(
                     """
                     TLS is optional (--tls=on): clients may come in plaintext, and who controls \
                     the network can make them; --tls=require ends that

@@ -106,8 +106,11 @@ struct ServeCommand: ParsableCommand {
         do {
             try pidFile?.write()
         } catch {
-            try? server.stop()
-            throw error
+            guard options.listening.inherited != nil else {
+                try? server.stop()
+                throw error
+            }
+            logger.warning("\(error)")
         }
         if let inherited = options.listening.inherited {
             logger.info("took over", metadata: ["clients": "\(inherited.clientCount)"])
@@ -123,7 +126,7 @@ struct ServeCommand: ParsableCommand {
         var signal: Int32 = 0
         while sigwait(&signals, &signal) != 0 || signal == Self.restart {
             guard signal == Self.restart else { continue }
-            if let problem = listening.stdio ? "there is only one client" : successor.check() {
+            if let problem = obstacle(to: successor, options) {
                 logger.error("SIGUSR2: no restart: \(problem)")
                 continue
             }
@@ -139,6 +142,13 @@ struct ServeCommand: ParsableCommand {
         defer { pidFile?.remove() }
         try server.stop()
         logger.info("stopped: everything is committed")
+    }
+
+    /// Why nobody can take over, found before anything is given up; nil: somebody can.
+    private func obstacle(to successor: Successor, _ options: ServeOptions) -> String? {
+        if listening.stdio { return "there is only one client" }
+        do { try PoolServer.rehearse(pool.path, options) } catch { return "\(error)" }
+        return successor.check()
     }
 
     private func options() throws -> ServeOptions {

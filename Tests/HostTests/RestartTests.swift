@@ -132,4 +132,47 @@ import Testing
         program.signal(SIGTERM)
         #expect(program.wait(seconds: 30).status == 0)
     }
+
+    /// What the next server would not find: this one stays.
+    @Test func nothingIsGivenUpForARestartThatWouldFail() throws {
+        let pool = try TestPool(volumes: [("vol", 8 * mebibyte)])
+        let credentials = try Credentials()
+        let files = FileManager.default
+        let directory = pool.scratch.file("run")
+        try files.createDirectory(atPath: directory, withIntermediateDirectories: false)
+        let server = try Server(
+            pool,
+            options: [
+                "--tls=on", "--tls-certificates", credentials["server"], "--tls-psk",
+                credentials.keys, "--pid-file", "\(directory)/pid",
+            ])
+        let client = try Client(server, "vol")
+        let certificate = credentials["server/server-cert.pem"]
+        let away = pool.scratch.file("away")
+        for (index, (path, substitute)) in [
+            (certificate, "/dev/null"), (certificate, credentials["expired/server-cert.pem"]),
+            (credentials.keys, nil), (pool.path, nil),
+        ].enumerated() {
+            try files.moveItem(atPath: path, toPath: away)
+            if let substitute {
+                try files.createSymbolicLink(atPath: path, withDestinationPath: substitute)
+            }
+            server.program.signal(SIGUSR2)
+            #expect(
+                eventually(within: 30) {
+                    server.program.error.components(separatedBy: "no restart: ").count > index + 1
+                }, "without \(path): \(server.program.error)")
+            #expect(try client.read(0, 512).count == 512)
+            if substitute != nil { try files.removeItem(atPath: path) }
+            try files.moveItem(atPath: away, toPath: path)
+        }
+        // It is nice to have.
+        try files.removeItem(atPath: directory)
+        try restart(server, 1)
+        #expect(try client.read(0, 512).count == 512)
+        let warnings = server.program.error.split(separator: "\n")
+            .filter { $0.contains(" warning ") }
+        #expect(warnings.contains { $0.contains("cannot write \(directory)/pid") })
+        try server.stop()
+    }
 }
