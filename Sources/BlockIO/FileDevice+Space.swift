@@ -145,7 +145,18 @@ extension FileDevice {
 
     // MARK: - Parts; each gives an errno, or 0
 
+    /// Bytes, of `st_blocks`, whatever the file system's blocks are.
+    private static let statUnit: UInt64 = 512
+
     private static func reserve(_ descriptor: Int32, _ size: UInt64) -> Int32 {
+        // An attempt that must fail would take all there is from everybody else for a while.
+        var file = stat()
+        var system = statvfs()
+        if fstat(descriptor, &file) == 0, fstatvfs(descriptor, &system) == 0 {
+            let taken = UInt64(file.st_blocks) * statUnit
+            let free = UInt64(system.f_bfree) * UInt64(system.f_frsize)
+            if size > taken, size - taken > free { return ENOSPC }
+        }
         let code = -clinux_allocate(descriptor, AllocateMode.reserve, 0, size)
         return code == EOPNOTSUPP || code == ENOSYS ? 0 : code
     }
