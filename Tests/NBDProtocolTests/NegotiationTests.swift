@@ -201,7 +201,8 @@ private let extended = newstyle + option(.extendedHeaders)
 
     /// Lengths that do not fit, at every place: an error, in step, and no memory for it.
     @Test func lengthsThatLie() throws {
-        let good = bytes(UInt32(5)) + Array("alpha".utf8) + bytes(UInt32(1)) + bytes(UInt32(8))
+        let good =
+            bytes(UInt32(5)) + Array("alpha".utf8) + bytes(UInt32(1)) + bytes(UInt32(8))
             + Array("test:one".utf8)
         var broken: [[UInt8]] = (0..<good.count).map { Array(good.prefix($0)) }
         broken.append(good + [0])
