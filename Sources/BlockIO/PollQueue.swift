@@ -17,7 +17,7 @@ public final class PollQueue: IOQueue {
 
     private let epoll: OwnedDescriptor
     private let events: UnsafeMutablePointer<clinux_event>
-    private var completed = Fifo<(tag: UInt64, result: Int32)>(capacity: 256)
+    private var completed = CompletionList(capacity: 256)
     private var waiting = WaitingOperations()
     private var deadlines = DeadlineHeap()
 
@@ -36,7 +36,7 @@ public final class PollQueue: IOQueue {
     }
 
     private func complete(_ tag: UInt64, _ result: Int32) {
-        completed.append((tag, result))
+        completed.append(tag, result)
     }
 
     // MARK: - Files: done at once

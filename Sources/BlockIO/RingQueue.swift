@@ -16,7 +16,7 @@ public final class RingQueue: IOQueue {
     public private(set) var outstanding = 0
 
     private let ring: OpaquePointer
-    private var stash = Fifo<(tag: UInt64, result: Int32)>(capacity: 64)
+    private var stash = CompletionList(capacity: 64)
     private var failure: DeviceError?
     /// The last `run` did not enter the kernel, though there may have been reason to.
     private var hasSkipped = false
@@ -114,7 +114,7 @@ public final class RingQueue: IOQueue {
         // earlier, and no entry into the kernel is needed to learn that it has gone.
         let result = SocketIO.send(fd, message)
         if result != -EAGAIN {
-            stash.append((tag, result))
+            stash.append(tag, result)
             return
         }
         while !clinux_ring_send(ring, fd, message, tag), makeRoom() {}
@@ -158,7 +158,7 @@ public final class RingQueue: IOQueue {
         var tag: UInt64 = 0
         var result: Int32 = 0
         while clinux_ring_take(ring, &tag, &result) {
-            stash.append((tag, result))
+            stash.append(tag, result)
             progress = true
         }
         return progress

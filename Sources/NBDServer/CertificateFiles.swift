@@ -21,7 +21,7 @@ enum CertificateFiles {
     /// Throws unless there is a first certificate, and it is valid now. (Behind the server's own
     /// come those of authorities, in whose dates clients take an interest.)
     static func checkCertificates(_ bytes: [UInt8], _ path: String) throws(ServerError) {
-        let list = try CertificateList(bytes, path)
+        let list = try FileContents.certificates(bytes, path)
         let now = time(nil)
         let end = gnutls_x509_crt_get_expiration_time(list[0])
         let start = gnutls_x509_crt_get_activation_time(list[0])
@@ -55,8 +55,8 @@ enum CertificateFiles {
     static func checkRevocation(
         _ bytes: [UInt8], _ path: String, by authorities: [UInt8], _ authorityPath: String
     ) throws(ServerError) -> RevocationPeriod {
-        let authorities = try CertificateList(authorities, authorityPath)
-        let lists = try RevocationLists(bytes, path)
+        let authorities = try FileContents.certificates(authorities, authorityPath)
+        let lists = try FileContents.revocationLists(bytes, path)
         let now = time(nil)
         var end = time_t.max
         for index in 0..<lists.count {
@@ -84,7 +84,7 @@ enum CertificateFiles {
     /// Each authority by itself: GnuTLS asks only the first of several with one name.
     private static func checkSignature(
         _ list: gnutls_x509_crl_t, _ path: String,
-        _ authorities: borrowing CertificateList, _ authorityPath: String
+        _ authorities: borrowing FileContents, _ authorityPath: String
     ) throws(ServerError) {
         var problem: UInt32 = 0
         for index in 0..<authorities.count {
@@ -114,59 +114,53 @@ enum CertificateFiles {
     }
 }
 
-/// The certificates of a file, at least one.
-private struct CertificateList: ~Copyable {
-    private let list: UnsafeMutablePointer<gnutls_x509_crt_t?>
+/// What GnuTLS finds in a file that may hold several of a kind, at least one.
+private struct FileContents: ~Copyable {
+    typealias List = UnsafeMutablePointer<OpaquePointer?>
+
+    private let list: List
+    private let release: (OpaquePointer?) -> Void
     let count: Int
 
-    init(_ bytes: [UInt8], _ path: String) throws(ServerError) {
-        var list: UnsafeMutablePointer<gnutls_x509_crt_t?>?
+    private init(
+        _ bytes: [UInt8], _ path: String, _ kind: String,
+        parse: (
+            UnsafeMutablePointer<List?>, UnsafeMutablePointer<UInt32>, UnsafePointer<gnutls_datum_t>
+        ) -> Int32,
+        release: @escaping (OpaquePointer?) -> Void
+    ) throws(ServerError) {
+        var list: List?
         var count: UInt32 = 0
-        let result = withData(bytes) {
-            gnutls_x509_crt_list_import2(&list, &count, $0, GNUTLS_X509_FMT_PEM, 0)
-        }
+        let result = withData(bytes) { parse(&list, &count, $0) }
         guard result >= 0, let list, count > 0 else {
             throw CertificateFiles.unusable(
-                path, "there is no certificate in it (\(TLSWords.error(result)))")
+                path, "there is no \(kind) in it (\(TLSWords.error(result)))")
         }
         self.list = list
+        self.release = release
         self.count = Int(count)
     }
 
-    deinit {
-        for index in 0..<count { gnutls_x509_crt_deinit(list[index]) }
-        cgnutls_free(list)
+    static func certificates(_ bytes: [UInt8], _ path: String) throws(ServerError) -> Self {
+        try Self(
+            bytes, path, "certificate",
+            parse: { gnutls_x509_crt_list_import2($0, $1, $2, GNUTLS_X509_FMT_PEM, 0) },
+            release: { gnutls_x509_crt_deinit($0) })
     }
 
-    subscript(index: Int) -> gnutls_x509_crt_t { list[index]! }
-}
-
-/// The lists of revoked certificates of a file, at least one.
-private struct RevocationLists: ~Copyable {
-    private let list: UnsafeMutablePointer<gnutls_x509_crl_t?>
-    let count: Int
-
-    init(_ bytes: [UInt8], _ path: String) throws(ServerError) {
-        var list: UnsafeMutablePointer<gnutls_x509_crl_t?>?
-        var count: UInt32 = 0
-        let result = withData(bytes) {
-            gnutls_x509_crl_list_import2(&list, &count, $0, GNUTLS_X509_FMT_PEM, 0)
-        }
-        guard result >= 0, let list, count > 0 else {
-            throw CertificateFiles.unusable(
-                path,
-                "there is no list of revoked certificates in it (\(TLSWords.error(result)))")
-        }
-        self.list = list
-        self.count = Int(count)
+    static func revocationLists(_ bytes: [UInt8], _ path: String) throws(ServerError) -> Self {
+        try Self(
+            bytes, path, "list of revoked certificates",
+            parse: { gnutls_x509_crl_list_import2($0, $1, $2, GNUTLS_X509_FMT_PEM, 0) },
+            release: { gnutls_x509_crl_deinit($0) })
     }
 
     deinit {
-        for index in 0..<count { gnutls_x509_crl_deinit(list[index]) }
+        for index in 0..<count { release(list[index]) }
         cgnutls_free(list)
     }
 
-    subscript(index: Int) -> gnutls_x509_crl_t { list[index]! }
+    subscript(index: Int) -> OpaquePointer { list[index]! }
 }
 
 /// Calls `body` with the bytes as GnuTLS wants them; it only reads them.

@@ -112,8 +112,7 @@ struct InheritedClient: Sendable {
                 code: result < 0 ? -result : EIO)
         }
         _ = clinux_allocate(
-            file.descriptor, Int32(CLINUX_PUNCH_HOLE | CLINUX_KEEP_SIZE), range.lowerBound,
-            UInt64(range.count))
+            file.descriptor, AllocateMode.punchHole, range.lowerBound, UInt64(range.count))
         return input
     }
 }

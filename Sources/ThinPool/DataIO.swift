@@ -57,8 +57,7 @@ public struct VolumeRequest {
     /// finished.
     public var holes: UnsafeMutablePointer<HoleList>?
     /// Set when nobody waits for the answer any more: the rest of the request is left undone then, and
-    /// it fails.
-    /// Valid until the request is finished.
+    /// it fails. Valid until the request is finished.
     public var isAbandoned: UnsafePointer<Bool>?
     /// The caller's; comes back from `takeFinished`.
     public var cookie: UInt64

@@ -220,10 +220,7 @@ import Testing
     @Test(arguments: Engine.allCases) func standardInput(engine: Engine) throws {
         let pool = try TestPool(volumes: [("vol", mebibyte)])
         for ending in ["good-bye", "hang up"] {
-            var ends: [Int32] = [-1, -1]
-            try #require(
-                socketpair(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0, &ends)
-                    == 0)
+            let ends = try socketPair()
             let server = try Program(
                 Program.wafer, ["serve", pool.path, "--stdio", "--log-level", "trace"],
                 in: pool.scratch, environment: engine.environment, input: ends[1])
@@ -246,13 +243,18 @@ import Testing
         }
     }
 
-    /// inetd gives the socket as standard error, too.
-    @Test func standardInputFromInetd() throws {
-        let pool = try TestPool(volumes: [("vol", mebibyte)])
+    private func socketPair() throws -> [Int32] {
         var ends: [Int32] = [-1, -1]
         try #require(
             socketpair(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0, &ends)
                 == 0)
+        return ends
+    }
+
+    /// inetd gives the socket as standard error, too.
+    @Test func standardInputFromInetd() throws {
+        let pool = try TestPool(volumes: [("vol", mebibyte)])
+        let ends = try socketPair()
         let server = try Program(
             "/bin/sh",
             ["-c", "exec \"$@\" 2>&0", "sh", Program.wafer, "serve", pool.path, "--stdio"],

@@ -252,7 +252,7 @@ extension World {
             if let failure { throw failure }
             if isTroubled || metadataDisk !== walked { return }
             // It gives way to those who write, which is where there is little metadata.
-            if (error as? PoolError)?.kind == .changesTooFast { return }
+            if error.kind == .changesTooFast { return }
             throw WorldFailure(description: "the check of the pool fails: \(error)")
         }
         isWalking = false

@@ -1,12 +1,14 @@
-// What waits for its turn, first in first out, in memory that grows and is reused.
+// Completions waiting to be delivered, first in first out, in memory that grows and is reused.
 
-public struct Fifo<Element: BitwiseCopyable>: ~Copyable {
-    private var slots: UnsafeMutablePointer<Element>
+struct CompletionList: ~Copyable {
+    typealias Completion = (tag: UInt64, result: Int32)
+
+    private var slots: UnsafeMutablePointer<Completion>
     private var capacity: Int  // a power of two
     private var head = 0
-    public private(set) var count = 0
+    private(set) var count = 0
 
-    public init(capacity: Int) {
+    init(capacity: Int) {
         precondition(capacity.nonzeroBitCount == 1, "places are found by a mask")
         slots = .allocate(capacity: capacity)
         self.capacity = capacity
@@ -16,16 +18,16 @@ public struct Fifo<Element: BitwiseCopyable>: ~Copyable {
         slots.deallocate()
     }
 
-    public var isEmpty: Bool { count == 0 }
+    var isEmpty: Bool { count == 0 }
 
-    public mutating func append(_ element: Element) {
+    mutating func append(_ tag: UInt64, _ result: Int32) {
         if count == capacity { grow() }
-        slots[(head + count) & (capacity - 1)] = element
+        slots[(head + count) & (capacity - 1)] = (tag, result)
         count += 1
     }
 
-    public mutating func removeFirst() -> Element {
-        precondition(count > 0, "nothing is waiting")
+    mutating func removeFirst() -> Completion {
+        precondition(count > 0, "no completion is waiting")
         let first = slots[head]
         head = (head + 1) & (capacity - 1)
         count -= 1
@@ -33,7 +35,7 @@ public struct Fifo<Element: BitwiseCopyable>: ~Copyable {
     }
 
     private mutating func grow() {
-        let larger = UnsafeMutablePointer<Element>.allocate(capacity: capacity * 2)
+        let larger = UnsafeMutablePointer<Completion>.allocate(capacity: capacity * 2)
         for index in 0..<count {
             larger[index] = slots[(head + index) & (capacity - 1)]
         }
