@@ -2,9 +2,9 @@
 
 import Synchronization
 
-final class LogThrottle: Sendable {
+package final class LogThrottle: Sendable {
     private struct State {
-        var windowStart: UInt64 = 0
+        var windowEnd: UInt64 = 0
         var said = 0
         var unsaid = 0
     }
@@ -13,12 +13,15 @@ final class LogThrottle: Sendable {
     private static let window: UInt64 = 10_000_000_000
     private static let linesInWindow = 10
 
+    package init() {}
+
     /// Whether a line may be written at this time (nanoseconds); `missing`: so many were not,
-    /// before it.
-    func admit(at now: UInt64) -> (isAllowed: Bool, missing: Int) {
+    /// before it. Threads look at the clock before they come here, so one that comes later may bring
+    /// an earlier time.
+    package func admit(at now: UInt64) -> (isAllowed: Bool, missing: Int) {
         state.withLock { state in
-            if now - state.windowStart >= Self.window {
-                state.windowStart = now
+            if now >= state.windowEnd {
+                state.windowEnd = now + Self.window
                 state.said = 0
             }
             guard state.said < Self.linesInWindow else {

@@ -311,8 +311,11 @@ final class Reactor {
     private func wake() {
         mailbox.acknowledge()
         queue.poll(mailbox.descriptor, tag: Tag(.wake).rawValue)
+        // Taken first: whoever has to make room has arrived before, and is among the arrivals then
+        // if it is not here yet.
+        let displaced = mailbox.takeDisplaced()
         for arrival in mailbox.takeArrivals() { adopt(arrival) }
-        for session in mailbox.takeDisplaced() { displace(session) }
+        for session in displaced { displace(session) }
         if mailbox.shouldStop && stopDeadline == nil { beginToStop() }
     }
 
