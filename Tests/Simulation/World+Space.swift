@@ -106,34 +106,52 @@ extension World {
         return error
     }
 
-    /// Makes volumes until there is no metadata left for another.
+    /// Makes volumes, and snapshots of them, until there is no metadata left for another.
     private func fillWithVolumes() throws {
         var names: [String] = []
+        // The others share what has been written to them.
+        let newOneIn: UInt64 = [2, 6][random.below(2)]
         while names.count < 100 {
             let name = name()
-            let made = ask(.create(name: name, size: 512))
+            let isNew = names.isEmpty || !options.snapshots || random.oneIn(newOneIn)
+            let made = ask(
+                isNew
+                    ? .create(name: name, size: 512)
+                    : .snapshot(origin: names[random.below(names.count)], name: name))
             try settle()
             guard failedAt == nil else { return }
             guard case .some(.none) = made.result else { break }
             names.append(name)
+            if isNew { try write(name) }
         }
         try rest()
-        // What is written now finds no room for its mapping, waits for a commit if there is one,
-        // and is told.
-        for name in names.prefix(4) where failedAt == nil && names.count > 4 {
-            let deletion = random.oneIn(3) ? nil : ask(.delete(name: names.removeLast()))
+        // What is written now takes leaves that were shared. Some time it finds no room for its mapping,
+        // waits for a commit if there is one, and is told.
+        for name in names where failedAt == nil && names.count > 4 && names.contains(name) {
+            let deletion = random.oneIn(6) ? ask(.delete(name: names.removeLast())) : nil
             for _ in 0..<random.below(30) { try progress() }
-            guard failedAt == nil else { return }
-            let volume = pool.open(exportNamed: name)!
-            let error = writeSector(volume, 0)
-            pool.close(volume)
-            guard error == 0 || error == ENOSPC || failedAt != nil else {
-                throw WorldFailure(description: "a write to a full pool ends with errno \(error)")
+            guard names.contains(name) else { break }
+            if try write(name) == ENOSPC, random.oneIn(2) {
+                // Nor when there is no commit to wait for.
+                try rest()
+                try write(name)
             }
             try settle()
             if let deletion { try checkDeletion(deletion) }
         }
         try empty(of: names)
+    }
+
+    /// A write that the pool may be too full for; its errno.
+    @discardableResult private func write(_ name: String) throws -> Int32 {
+        guard failedAt == nil else { return EIO }
+        let volume = pool.open(exportNamed: name)!
+        let error = writeSector(volume, 0)
+        pool.close(volume)
+        guard error == 0 || error == ENOSPC || failedAt != nil else {
+            throw WorldFailure(description: "a write to a full pool ends with errno \(error)")
+        }
+        return error
     }
 
     /// However full it is, volumes can be deleted.
