@@ -54,14 +54,7 @@ package final class Connection {
     // Handshake
     private var exports: PoolExports
     private var handshake: Handshake
-    /// What has been received and not yet taken by the handshake.
-    private var greetingInput: UnsafeMutableRawBufferPointer
-    private var greetingStart = 0
-    private var greetingEnd = 0
-    /// What the handshake says; in place while a message is under way.
-    private var greetingOutput: UnsafeMutableRawBufferPointer?
-    private let greetingMessage: UnsafeMutablePointer<msghdr>
-    private let greetingVector: UnsafeMutablePointer<iovec>
+    private let greeting = GreetingBuffer()
 
     // TLS, once the client has asked for it
     private let credentials: TLSCredentials?
@@ -89,9 +82,6 @@ package final class Connection {
     private var hasFence = false
     /// What went wrong, in words, if anything did.
     private(set) var problem: String?
-
-    /// Enough for any option that a client sends; longer ones arrive in pieces.
-    private static let greetingCapacity = 4096
 
     package convenience init(
         socket: Int32, index: Int, generation: UInt32, peer: String, exports: PoolExports,
@@ -121,18 +111,6 @@ package final class Connection {
         progress = Movement(at: tick)
         activity = Movement(at: tick)
         self.handshakeDeadline = handshakeDeadline
-        greetingInput = .allocate(byteCount: Self.greetingCapacity, alignment: 16)
-        greetingMessage = .allocate(capacity: 1)
-        greetingMessage.initialize(to: msghdr())
-        greetingVector = .allocate(capacity: 1)
-        greetingVector.initialize(to: iovec())
-    }
-
-    deinit {
-        greetingInput.deallocate()
-        greetingOutput?.deallocate()
-        greetingMessage.deallocate()
-        greetingVector.deallocate()
     }
 
     /// The volume that the connection holds open until `closeVolume`.
@@ -176,8 +154,8 @@ package final class Connection {
                 breakOff(
                     handshake.isAtBoundary ? nil : "the client left in the middle of a message")
             } else {
-                greetingEnd += count
-                if greetingOutput == nil && !isPaused { advanceHandshake(sink) }
+                greeting.received(count)
+                if !greeting.isSending && !isPaused { advanceHandshake(sink) }
             }
         case .transmission:
             if count == 0 {
@@ -221,10 +199,7 @@ package final class Connection {
     }
 
     private func sentPlaintext(_ count: Int, _ sink: some RequestSink) {
-        if let output = greetingOutput {
-            greetingSent(count, of: output, sink)
-            return
-        }
+        if greeting.isSending { return greetingSent(count, sink) }
         transmission!.sent(count)
         if phase == .transmission { resumeTransmission(sink) }
     }
@@ -273,7 +248,7 @@ package final class Connection {
 
     /// Nothing is under way any more, an answer to an option included.
     package var canBeCarried: Bool {
-        guard isPaused, !isReceiving, !isSending, greetingOutput == nil else { return false }
+        guard isPaused, !isReceiving, !isSending, !greeting.isSending else { return false }
         switch phase {
         case .handshake: return true
         case .transmission: return transmission!.inFlight == 0 && !transmission!.hasReplies
@@ -294,7 +269,7 @@ package final class Connection {
             input += carriedInput
         } else {
             stage = .handshake(handshake)
-            input = Array(greetingInput[greetingStart..<greetingEnd])
+            input = Array(greeting.input)
         }
         let connection = CarriedConnection(
             socket: socket, stage: stage, tls: usesKernelTLS ? tlsSummary : nil)
@@ -312,9 +287,7 @@ package final class Connection {
         switch carried.stage {
         case .handshake(let handshake):
             self.handshake = handshake
-            precondition(input.count <= greetingInput.count, "more than a greeting's input")
-            greetingInput.copyBytes(from: input)
-            greetingEnd = input.count
+            greeting.receive(input)
             advanceHandshake(sink)
         case .transmission(let name, let format, let contexts, let refused):
             let opening = exports.open(
@@ -373,7 +346,7 @@ package final class Connection {
         guard let tls else { return plaintextSpace() }
         let isWanted =
             switch phase {
-            case .handshake: !tls.isEstablished || greetingOutput == nil && !isWaiting
+            case .handshake: !tls.isEstablished || !greeting.isSending && !isWaiting
             case .transmission: transmission!.wantsInput
             case .draining, .closed: false
             }
@@ -384,9 +357,8 @@ package final class Connection {
         switch phase {
         case .handshake:
             // One option at a time: the next is read when the answer has gone.
-            guard greetingOutput == nil && !isWaiting && !isPaused else { return nil }
-            return UnsafeMutableRawBufferPointer(
-                rebasing: greetingInput[greetingEnd...])
+            guard !greeting.isSending && !isWaiting && !isPaused else { return nil }
+            return greeting.space
         case .transmission:
             return carriedInput.isEmpty ? transmission!.receiveSpace() : nil
         case .draining, .closed:
@@ -419,12 +391,7 @@ package final class Connection {
     }
 
     private func nextPlaintext() -> UnsafePointer<msghdr>? {
-        if greetingOutput != nil {
-            greetingMessage.pointee.msg_iov = greetingVector
-            greetingMessage.pointee.msg_iovlen = 1
-            return UnsafePointer(greetingMessage)
-        }
-        return transmission?.nextMessage()
+        greeting.nextMessage ?? transmission?.nextMessage()
     }
 
     /// Everything was answered and sent: the socket can be shut down.
@@ -435,7 +402,7 @@ package final class Connection {
     }
 
     private var isAnswered: Bool {
-        guard phase == .draining, greetingOutput == nil else { return false }
+        guard phase == .draining, !greeting.isSending else { return false }
         guard let transmission else { return true }
         return transmission.inFlight == 0 && !transmission.hasReplies
     }
@@ -483,21 +450,16 @@ package final class Connection {
     private func advanceHandshake(_ sink: some RequestSink) {
         isWaiting = false
         var output: [UInt8] = []
-        let input = UnsafeRawBufferPointer(
-            rebasing: greetingInput[greetingStart..<greetingEnd])
-        let (consumed, outcome) = handshake.advance(input, output: &output, exports: &exports)
-        greetingStart += consumed
-        if greetingStart == greetingEnd {
-            greetingStart = 0
-            greetingEnd = 0
-        }
-        if !output.isEmpty { sendGreeting(output) }
+        let (consumed, outcome) = handshake.advance(
+            greeting.input, output: &output, exports: &exports)
+        greeting.take(consumed)
+        if !output.isEmpty { greeting.send(output) }
         switch outcome {
         case .receive, .send: break
         case .wait: isWaiting = true
         case .transmit(let agreement): enterTransmission(agreement, sink)
         case .startTLS:
-            if greetingStart < greetingEnd {
+            if !greeting.input.isEmpty {
                 breakOff("the client sent something in plaintext behind STARTTLS")
             } else {
                 startsTLS = true
@@ -559,24 +521,8 @@ package final class Connection {
 
     var usesKernelTLS: Bool { kernelGoodbye != nil }
 
-    // MARK: - The greeting
-
-    private func sendGreeting(_ output: [UInt8]) {
-        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: output.count, alignment: 16)
-        memory.copyBytes(from: output)
-        greetingOutput = memory
-        greetingVector.pointee = iovec(iov_base: memory.baseAddress, iov_len: memory.count)
-    }
-
-    private func greetingSent(
-        _ count: Int, of output: UnsafeMutableRawBufferPointer, _ sink: some RequestSink
-    ) {
-        greetingVector.pointee.iov_base += count
-        greetingVector.pointee.iov_len -= count
-        guard greetingVector.pointee.iov_len == 0 else { return }
-        output.deallocate()
-        greetingOutput = nil
-        guard phase == .handshake else { return }
+    private func greetingSent(_ count: Int, _ sink: some RequestSink) {
+        guard greeting.sent(count), phase == .handshake else { return }
         if startsTLS {
             startsTLS = false
             tls = TLSSession(credentials!)
@@ -592,10 +538,8 @@ package final class Connection {
             dataBlockSize: exports.pool.blockSize, buffers: buffers, owner: index)
         self.transmission = transmission
         phase = .transmission
-        let rest = UnsafeRawBufferPointer(rebasing: greetingInput[greetingStart..<greetingEnd])
-        transmission.received(rest, sink)
-        greetingStart = 0
-        greetingEnd = 0
+        transmission.received(greeting.input, sink)
+        greeting.takeAll()
         lookAtTransmission()
     }
 }
