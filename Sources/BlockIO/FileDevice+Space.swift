@@ -129,7 +129,7 @@ extension FileDevice {
             guard fsync(descriptor.raw) == 0 else {
                 throw SystemError.opening(path, errno, for: "create")
             }
-            try syncDirectory(of: path)
+            try Directory.flush(Directory.holding(path))
         } catch {
             unlink(path)
             throw error
@@ -192,27 +192,6 @@ extension FileDevice {
                 at: offset + done,
                 from: UnsafeRawBufferPointer(start: zeroes.pointer, count: piece))
             done += UInt64(piece)
-        }
-    }
-
-    /// A new file's name survives a power cut only once its directory is flushed.
-    private static func syncDirectory(of path: String) throws(DeviceError) {
-        let directory: String
-        switch path.lastIndex(of: "/") {
-        case nil: directory = "."
-        case path.startIndex: directory = "/"
-        case .some(let slash): directory = String(path[..<slash])
-        }
-        let raw = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        guard raw >= 0 else {
-            let code = errno
-            throw SystemError.opening(directory, code)
-        }
-        let descriptor = OwnedDescriptor(raw)
-        guard fsync(descriptor.raw) == 0 else {
-            throw DeviceError(
-                operation: "flush", path: directory, code: errno,
-                reason: SystemError.words(errno))
         }
     }
 }

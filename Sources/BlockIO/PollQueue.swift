@@ -195,19 +195,13 @@ public final class PollQueue: IOQueue {
 
     public func timeout(nanoseconds: UInt64, tag: UInt64) {
         outstanding += 1
-        let (deadline, overflow) = Self.now().addingReportingOverflow(nanoseconds)
+        let (deadline, overflow) = monotonicNanoseconds().addingReportingOverflow(nanoseconds)
         deadlines.insert(overflow ? .max : deadline, tag)
-    }
-
-    private static func now() -> UInt64 {
-        var time = timespec()
-        clock_gettime(CLOCK_MONOTONIC, &time)
-        return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
     }
 
     private func expireTimeouts() {
         guard !deadlines.isEmpty else { return }
-        let now = Self.now()
+        let now = monotonicNanoseconds()
         while let first = deadlines.first, first.deadline <= now {
             deadlines.removeFirst()
             complete(first.tag, -ETIME)
@@ -218,7 +212,7 @@ public final class PollQueue: IOQueue {
     /// until the deadline.
     private func patience() -> Int32 {
         guard let first = deadlines.first else { return -1 }
-        let now = Self.now()
+        let now = monotonicNanoseconds()
         guard first.deadline > now else { return 0 }
         let nanosecondsToMillisecond: UInt64 = 1_000_000
         return Int32(clamping: (first.deadline - now - 1) / nanosecondsToMillisecond + 1)
@@ -227,11 +221,11 @@ public final class PollQueue: IOQueue {
     // MARK: - Running
 
     public func lookOut(nanoseconds: UInt64) -> Bool {
-        let deadline = Self.now() + nanoseconds
+        let deadline = monotonicNanoseconds() + nanoseconds
         repeat {
             var readable = pollfd(fd: epoll.raw, events: Int16(POLLIN), revents: 0)
             if !completed.isEmpty || Glibc.poll(&readable, 1, 0) > 0 { return true }
-        } while Self.now() < deadline
+        } while monotonicNanoseconds() < deadline
         return false
     }
 

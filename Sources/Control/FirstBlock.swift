@@ -36,9 +36,7 @@ struct FirstBlock {
         let sectors = bytes.withUnsafeBytes {
             $0.baseAddress!.le32(SuperblockLayout.dataBlockSize)
         }
-        guard sectors >= Layout.minDataBlockSectors, sectors <= Layout.maxDataBlockSectors else {
-            return nil
-        }
+        guard Layout.isDataBlockSize(sectors: UInt64(sectors)) else { return nil }
         return UInt64(sectors) * Layout.sectorSize
     }
 }

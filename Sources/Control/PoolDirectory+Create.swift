@@ -44,9 +44,8 @@ public struct PoolPlan: Sendable {
     }
 
     fileprivate func validate() throws(ControlError) {
-        let sectors = blockSize / Layout.sectorSize
-        guard blockSize % (UInt64(Layout.minDataBlockSectors) * Layout.sectorSize) == 0,
-            sectors >= Layout.minDataBlockSectors, sectors <= Layout.maxDataBlockSectors
+        guard blockSize.isMultiple(of: Layout.sectorSize),
+            Layout.isDataBlockSize(sectors: blockSize / Layout.sectorSize)
         else {
             throw ControlError(
                 .refused,
@@ -155,8 +154,10 @@ extension PoolDirectory {
         if givenMetadata != nil { undo.blank(metadata) }
         if let givenData { try Self.makeLink(dataPath, to: givenData.path, &undo) }
         if let givenMetadata { try Self.makeLink(metadataPath, to: givenMetadata.path, &undo) }
-        try Self.syncDirectory(path)
-        try Self.syncDirectory(Self.parent(of: path))
+        do throws(DeviceError) {
+            try Directory.flush(path)
+            try Directory.flush(Directory.holding(path))
+        } catch { throw ControlError(error) }
     }
 
     private static func claim(_ path: String, _ option: String) throws(ControlError) -> FileDevice {
@@ -243,19 +244,6 @@ extension PoolDirectory {
         undo.removeFile(path)
     }
 
-    private static func parent(of path: String) -> String {
-        var trimmed = path[...]
-        while trimmed.count > 1, trimmed.hasSuffix("/") { trimmed.removeLast() }
-        guard let slash = trimmed.lastIndex(of: "/") else { return "." }
-        return slash == trimmed.startIndex ? "/" : String(trimmed[..<slash])
-    }
-
-    private static func syncDirectory(_ path: String) throws(ControlError) {
-        let descriptor = Glibc.open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        guard descriptor >= 0 else { throw ControlError(cannot: "open", path, errno) }
-        defer { close(descriptor) }
-        guard fsync(descriptor) == 0 else { throw ControlError(cannot: "flush", path, errno) }
-    }
 }
 
 /// What has to be taken back after a failure, the latest first.

@@ -10,6 +10,7 @@
 
 import BlockIO
 import Glibc
+import NBDProtocol
 
 package final class BufferPool {
     /// Bytes that may be allocated at any time.
@@ -31,7 +32,7 @@ package final class BufferPool {
     /// What one place holds: the requests of file systems, but not those of copying programs.
     static let placeSize = 128 << 10
     static let placeCount = 32
-    package static let largest = 32 << 20
+    package static let largest = Int(Limits.maximumPayload)
     private static let classCount = 14
     private static let defaultKeptLimit = 64 << 20
 

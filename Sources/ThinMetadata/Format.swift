@@ -7,11 +7,7 @@
 
 import BlockIO
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 extension ThinMetadata {
     /// Writes an empty pool with room for `dataBlocks` blocks of `dataBlockSectors` sectors.

@@ -7,11 +7,7 @@
 //    `@unchecked Sendable` true; the rest is touched under the pool's lock only.
 // 3. Blocks are in ascending order and none is part of the committed state.
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 /// Data blocks that nobody refers to any more once the transaction is durable.
 public struct FreedBlocks: Equatable, Sendable {

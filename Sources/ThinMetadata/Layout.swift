@@ -16,6 +16,11 @@ public enum Layout {
     public static let minDataBlockSectors: UInt32 = 128
     public static let maxDataBlockSectors: UInt32 = 2_097_152
 
+    public static func isDataBlockSize(sectors: UInt64) -> Bool {
+        sectors >= minDataBlockSectors && sectors <= maxDataBlockSectors
+            && sectors.isMultiple(of: UInt64(minDataBlockSectors))
+    }
+
     static let csum = 0
     static let blocknr = 8
 }

@@ -4,11 +4,7 @@
 // 2. Slots that these functions vacate are zeroed, so that equal trees are equal blocks.
 // 3. Nothing here checks bounds against the disk: a node was verified when it was read.
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 /// Whose nodes they are. A frame carries its kind, so that a damaged pointer from one tree into
 /// another is noticed although both nodes are well formed.

@@ -11,11 +11,7 @@
 
 import BlockIO
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 /// So many frames or bitmaps in a row may turn out to be in use before trimming leaves off.
 let trimPatience = 512

@@ -14,11 +14,7 @@
 
 import BlockIO
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 /// A bitmap: its index entry, its contents if loaded, and its state.
 struct BitmapSlot {

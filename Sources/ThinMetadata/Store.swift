@@ -12,11 +12,7 @@
 
 import BlockIO
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 /// Why a data block lost its last reference.
 enum FreedBy {

@@ -6,11 +6,7 @@
 
 import BlockIO
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 final class Superblock {
     let bytes: UnsafeMutableRawPointer
@@ -65,8 +61,7 @@ final class Superblock {
 
     /// Why this is no data block size; nil if it is one.
     static func illegalDataBlockSize(_ sectors: UInt32) -> String? {
-        let legal = Layout.minDataBlockSectors...Layout.maxDataBlockSectors
-        guard legal.contains(sectors), sectors % Layout.minDataBlockSectors == 0 else {
+        guard Layout.isDataBlockSize(sectors: UInt64(sectors)) else {
             return "a data block size of \(sectors) sectors; "
                 + "it has to be a multiple of 64 KiB from 64 KiB to 1 GiB"
         }

@@ -6,11 +6,7 @@
 //    changed: each is moved once at most, so this ends;
 // 3. then counts are final, and bitmaps and index are copied.
 
-#if canImport(Glibc)
-    import Glibc
-#else
-    import Darwin
-#endif
+import Glibc
 
 extension ThinMetadata {
     /// Closes the open transaction; the next one is open when it returns. The frozen one is handed

@@ -8,12 +8,15 @@ struct CellKey: Hashable, Comparable {
 
     init(_ device: ThinDeviceID, _ block: UInt64) {
         // A volume is at most 2^53 bytes and a block at least 2^16.
-        precondition(block < 1 << 40)
-        rawValue = UInt64(device.rawValue) << 40 | block
+        precondition(block <= Self.maxBlock)
+        rawValue = UInt64(device.rawValue) << Self.blockBits | block
     }
 
-    var device: UInt32 { UInt32(rawValue >> 40) }
-    var block: UInt64 { rawValue & ((1 << 40) - 1) }
+    private static let blockBits = 40
+    private static let maxBlock: UInt64 = 1 << blockBits - 1
+
+    var device: UInt32 { UInt32(rawValue >> Self.blockBits) }
+    var block: UInt64 { rawValue & Self.maxBlock }
     static func < (a: Self, b: Self) -> Bool { a.rawValue < b.rawValue }
 }
 

@@ -123,9 +123,7 @@ extension MetadataCheck.Examination {
                 "the superblock is not zero after its last field")
         }
         let sectors = bytes.le32(SuperblockLayout.dataBlockSize)
-        if sectors < Layout.minDataBlockSectors || sectors > Layout.maxDataBlockSectors
-            || sectors % Layout.minDataBlockSectors != 0
-        {
+        if !Layout.isDataBlockSize(sectors: UInt64(sectors)) {
             log.add(.damage, .geometry, block: block, "data block size of \(sectors) sectors")
         }
         let metadataSectors = bytes.le32(SuperblockLayout.metadataBlockSize)
