@@ -37,7 +37,7 @@ public final class ControlServer: @unchecked Sendable {
     /// What was bound, so that nobody else's socket is removed at the end.
     private let identity: ino_t
     /// A byte in this pipe ends the acceptor.
-    private let stopPipe: (read: Int32, write: Int32)
+    private let stopEvent: WakeEvent
     private var acceptor: pthread_t?
 
     private struct Connection {
@@ -88,11 +88,7 @@ public final class ControlServer: @unchecked Sendable {
                 throw ControlError(cannot: "listen on", place.path, errno)
             }
             identity = status.st_ino
-            var pipe: [Int32] = [-1, -1]
-            guard Glibc.pipe(&pipe) == 0 else {
-                throw ControlError(cannot: "make", "a pipe", errno)
-            }
-            stopPipe = (pipe[0], pipe[1])
+            do throws(DeviceError) { stopEvent = try WakeEvent() } catch { throw ControlError(error) }
         } catch {
             close(listener)
             throw error
@@ -102,8 +98,6 @@ public final class ControlServer: @unchecked Sendable {
 
     deinit {
         close(listener)
-        close(stopPipe.read)
-        close(stopPipe.write)
     }
 
     private static func removeStale(_ place: SocketPlace) throws(ControlError) {
@@ -112,6 +106,8 @@ public final class ControlServer: @unchecked Sendable {
                 .device, "\(place.path) is in the way and is no socket: move it elsewhere")
         }
         let probe = ControlSocket(descriptor: try SocketPlace.newSocket())
+        // A listener that accepts nobody is one, too, and must not be waited for.
+        _ = fcntl(probe.descriptor, F_SETFL, O_NONBLOCK)
         guard place.connect(probe.descriptor) == ECONNREFUSED else {
             throw ControlError(.busy, "another server listens on \(place.path): stop it first")
         }
@@ -129,8 +125,7 @@ public final class ControlServer: @unchecked Sendable {
     /// waited for: it ends.
     public func stop() {
         if let acceptor {
-            var signal: UInt8 = 1
-            write(stopPipe.write, &signal, 1)
+            stopEvent.signal()
             pthread_join(acceptor, nil)
         }
         acceptor = nil
@@ -159,10 +154,13 @@ public final class ControlServer: @unchecked Sendable {
     private func acceptConnections() {
         var states = [
             pollfd(fd: listener, events: Int16(POLLIN), revents: 0),
-            pollfd(fd: stopPipe.read, events: Int16(POLLIN), revents: 0),
+            pollfd(fd: stopEvent.fileDescriptor, events: Int16(POLLIN), revents: 0),
         ]
         while true {
-            guard poll(&states, 2, -1) >= 0 || errno == EINTR else { return }
+            guard poll(&states, 2, -1) >= 0 else {
+                if errno == EINTR { continue }
+                return
+            }
             if states[1].revents != 0 { return }
             guard states[0].revents != 0 else { continue }
             let descriptor = accept(listener, nil, nil)

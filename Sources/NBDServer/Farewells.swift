@@ -91,10 +91,4 @@ final class Farewells {
         var unacknowledged: Int32 = 0
         return ioctl(socket, UInt(TIOCOUTQ), &unacknowledged) == 0 && unacknowledged == 0
     }
-
-    /// The queue has failed: what it holds cannot be waited for, nor freed.
-    func abandon() {
-        for socket in farewells.keys { end(socket) }
-        _ = Unmanaged.passRetained(self)
-    }
 }

@@ -96,8 +96,7 @@ extension Reactor {
         firstSession = arrival.session
         engine.beginTurn()
         adopt(arrival)
-        engine.endTurn()
-        settleMarked()
+        endTurn()
     }
 
     /// Clients of the server that was here before.
@@ -107,8 +106,7 @@ extension Reactor {
             welcome(client.connection.socket, client)
         }
         for socket in inherited.arrivals { welcome(socket) }
-        engine.endTurn()
-        settleMarked()
+        endTurn()
     }
 
     /// Nil: it is not let in, which the log knows.

@@ -143,18 +143,13 @@ final class Reactor {
         for index in doors.indices { accept(index) }
         do throws(DeviceError) {
             while !isFinished { try turn() }
-            engine.close()
         } catch {
-            // The queue itself has failed: what it holds cannot be waited for, nor freed.
-            logger.critical("reactor \(number) stops: \(error)")
-            for index in 0..<capacity {
-                guard let connection = connections[index] else { continue }
-                shutdown(connection.socket, Int32(SHUT_RDWR))
-                _ = Unmanaged.passRetained(connection)
-            }
-            farewells.abandon()
-            for door in doors where door.isOpen { door.listener.close() }
+            // What the queue holds can neither be waited for nor freed, and the pool waits for it. The
+            // next server recovers from an end here as from a power cut; this one would only hang.
+            logger.critical("the server ends, because reactor \(number) cannot go on: \(error)")
+            _exit(EXIT_FAILURE)
         }
+        engine.close()
         for arrival in mailbox.close() { turnAway(arrival) }
     }
 
@@ -175,6 +170,12 @@ final class Reactor {
         for index in 0..<completionCount { act(on: completions[index]) }
         serveWaiters()
         if hasWaiting { retryWaiting() }
+        endTurn()
+    }
+
+    /// What was submitted since `beginTurn` is begun, and what has ended by then is answered: no
+    /// completion tells of it any more.
+    func endTurn() {
         engine.endTurn()
         var hasUnfenced = false
         engine.takeFinished { cookie, error in

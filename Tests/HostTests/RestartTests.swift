@@ -56,6 +56,56 @@ import Testing
         try server.stop()
     }
 
+    /// Requests that have arrived whole, and were not taken before the restart: the answer needs no
+    /// I/O, so nothing else wakes the next server's reactor.
+    @Test(arguments: Engine.allCases) func wholeRequestsGoAlong(engine: Engine) throws {
+        let pool = try TestPool(volumes: [("vol", 64 * mebibyte)])
+        let server = try Server(pool, engine: engine, options: ["--reactors", "1"])
+        // As much as one client may have in replies that it does not take.
+        let large = 1 << 20
+        let many = 16
+        try Client(server, "vol").write(0, pattern(1, 0, many * large))
+        let client = try RawClient(server, "vol")
+        func read(_ offset: UInt64, _ length: Int, cookie: UInt64) -> [UInt8] {
+            RawClient.header(
+                .simple, RawClient.read, offset: offset, length: UInt64(length), cookie: cookie)
+        }
+        let blocking = (0..<many).map { read(UInt64($0 * large), large, cookie: 1) }
+        let held = (0..<5).map { read(32 * mebibyte + UInt64($0 * 4096), 4096, cookie: 2) }
+        try client.send((blocking + held).flatMap { $0 })
+        // They have arrived, and the server has sent what the socket takes.
+        usleep(300_000)
+        server.program.signal(SIGUSR2)
+        #expect(eventually(within: 30) { server.program.error.contains("restarting in place") })
+        usleep(100_000)
+        for _ in 0..<many { _ = try client.receive(16 + large) }
+        #expect(eventually(within: 30) { server.program.error.contains("took over") })
+        for _ in held {
+            let reply = try client.receive(16 + 4096)
+            #expect(RawClient.word(reply[8..<16]) == 2)
+        }
+        try server.stop()
+    }
+
+    /// What a server has open is the same after any number of restarts.
+    @Test func descriptorsStayAsManyAsTheyWere() throws {
+        let pool = try TestPool(volumes: [("vol", mebibyte)])
+        let server = try Server(pool)
+        let client = try Client(server, "vol")
+        func descriptors() throws -> Int {
+            try FileManager.default.contentsOfDirectory(
+                atPath: "/proc/\(server.program.pid)/fd"
+            ).count
+        }
+        try restart(server, 1)
+        #expect(try client.read(0, 512).count == 512)
+        let before = try descriptors()
+        for round in 2...4 { try restart(server, round) }
+        #expect(try client.read(0, 512).count == 512)
+        #expect(eventually { (try? descriptors()) == before })
+        try server.stop()
+    }
+
     /// What has arrived takes memory once: neither server holds it twice.
     @Test(.enabled(if: AttackedServer.sanitizer == nil))
     func halfWritesTakeTheirMemoryOnce() throws {
