@@ -245,7 +245,7 @@ public final class Pool: @unchecked Sendable {
         case .unmapped: return .success(nil)
         case .unknown: break
         }
-        if metadataIsLost { return .failure(EIO) }
+        if metadataIsUnreadable { return .failure(EIO) }
         let range = volume.table.pageRange(of: block)
         do throws(MetadataError) {
             let before = volume.table.bytes
@@ -540,6 +540,8 @@ public final class Pool: @unchecked Sendable {
         resume(&metadataWaiters)
         resume(&drainWaiters)
         onFailure?(error)
+        // The change that failed may have been made in half.
+        metadataIsUnreadable = true
         if !worker.hasIOInFlight { rollBack() }
         lock.signal()
     }
@@ -553,15 +555,15 @@ public final class Pool: @unchecked Sendable {
         try? ThinMetadata.setNeedsCheck(metadataDevice, true)
         do throws(MetadataError) {
             metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks)
-        } catch {
-            metadataIsLost = true
-        }
+            metadataIsUnreadable = false
+        } catch {}
     }
-    /// The metadata could not be read again after a failure: reads fail too.
-    private(set) var metadataIsLost = false
-    /// Called once, under the lock, when the pool fails: for the log.
+    /// The pool has failed, and the metadata has not been read anew, or could not be: what is not in
+    /// the mapping tables cannot be read.
+    private(set) var metadataIsUnreadable = false
+    /// Called once, under the lock, when the pool fails: for the log. Set before the pool has a thread.
     public var onFailure: (@Sendable (PoolError) -> Void)?
-    /// Called by the worker, under the lock, with what has become scarce: for the log.
+    /// Called by the worker, under the lock, with what has become scarce: for the log. As above.
     public var onSpaceWarning: (@Sendable (String) -> Void)?
 
     func engine(_ index: Int) -> VolumeIO { engines[index]!.takeUnretainedValue() }

@@ -86,7 +86,7 @@ public final class PoolThread: @unchecked Sendable {
         lastContentions = contentions
         let deadline = now + share * (now - began)
         while !isStopping, !pool.commitRequested, pool.worker.changes.isEmpty,
-            monotonicNanoseconds() < deadline
+            !pool.worker.isQuiesced, pool.failure == nil, monotonicNanoseconds() < deadline
         {
             pool.lock.wait(until: deadline)
         }

@@ -34,7 +34,7 @@ extension Pool {
     /// - Parameter leaves: as many steps are taken at most, and are then subtracted.
     /// - Returns: whether it is answered.
     func answer(_ query: ExtentQuery, of volume: Volume, leaves: inout Int) -> Answer<Bool> {
-        if metadataIsLost { return .failure(EIO) }
+        if metadataIsUnreadable { return .failure(EIO) }
         do throws(MetadataError) {
             var isFirst = true
             while leaves > 0, let kind = query.current {
