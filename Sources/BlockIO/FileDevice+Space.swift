@@ -152,10 +152,12 @@ extension FileDevice {
         // An attempt that must fail would take all there is from everybody else for a while.
         var file = stat()
         var system = statvfs()
-        if fstat(descriptor, &file) == 0, fstatvfs(descriptor, &system) == 0 {
+        // A file system without a limit has no blocks.
+        if fstat(descriptor, &file) == 0, fstatvfs(descriptor, &system) == 0, system.f_blocks > 0 {
             let taken = UInt64(file.st_blocks) * statUnit
-            let free = UInt64(system.f_bfree) * UInt64(system.f_frsize)
-            if size > taken, size - taken > free { return ENOSPC }
+            let (free, isHuge) = UInt64(system.f_bfree)
+                .multipliedReportingOverflow(by: UInt64(system.f_frsize))
+            if !isHuge, size > taken, size - taken > free { return ENOSPC }
         }
         let code = -clinux_allocate(descriptor, AllocateMode.reserve, 0, size)
         return code == EOPNOTSUPP || code == ENOSYS ? 0 : code

@@ -4,6 +4,7 @@
 // 2. Whoever opened it to change it calls `close`: what is not committed by then is lost.
 
 import BlockIO
+import Logging
 import ThinMetadata
 import ThinPool
 
@@ -26,8 +27,10 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
     /// Milliseconds between two signs of life while a change takes its time.
     private static let pulse = 1000
 
+    /// - Parameter logger: hears of the pool's failure, and of space that becomes scarce.
     public init(
-        _ directory: PoolDirectory, purpose: Purpose, options: PoolOptions = PoolOptions()
+        _ directory: PoolDirectory, purpose: Purpose, options: PoolOptions = PoolOptions(),
+        logger: Logger? = nil
     ) throws(ControlError) {
         self.directory = directory
         self.purpose = purpose
@@ -49,6 +52,13 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
         guard purpose == .change else {
             thread = nil
             return
+        }
+        if let logger {
+            // Before there is a thread that may have something to tell.
+            pool.onFailure = { error in
+                logger.critical("the pool has failed and takes no more writes: \(error)")
+            }
+            pool.onSpaceWarning = { logger.warning("\($0)") }
         }
         thread = PoolThread(pool: pool, metadata: metadata, data: data)
         do throws(DeviceError) { try thread?.start() } catch { throw ControlError(error) }
@@ -122,7 +132,11 @@ public final class LocalPool: PoolManager, @unchecked Sendable {
                 throw ControlError(.refused, "the pool \(directory.path) has failed: \(failure)")
             }
             let left = try volumes().filter { $0.state == .deleting }
-                .reduce(0) { $0 + $1.mappedBytes }
+                .reduce(UInt64(0)) { sum, volume in
+                    // What a damaged device claims may be anything.
+                    let (more, overflows) = sum.addingReportingOverflow(volume.mappedBytes)
+                    return overflows ? .max : more
+                }
             total = max(total, left)
             progress(total - left, total)
             sleepMilliseconds(Self.deletionPause)

@@ -37,12 +37,8 @@ public final class PoolServer {
         if options.requiresRing { try Self.requireRing() }
         var options = options
         options.limits.connections = Self.connectionLimit(options, logger)
-        let local = try Self.open(directory, options)
+        let local = try Self.open(directory, options, logger)
         self.local = local
-        local.pool.onFailure = { error in
-            logger.critical("the pool has failed and takes no more writes: \(error)")
-        }
-        local.pool.onSpaceWarning = { logger.warning("\($0)") }
         do throws(ControlError) {
             control = try ControlServer(local, logger: logger)
         } catch {
@@ -118,6 +114,10 @@ public final class PoolServer {
         try local.close()
     }
 
+    /// Who reads from a failed pool is served on, but there is nothing that a next server could open as
+    /// this one has it.
+    public var hasFailed: Bool { local.pool.status().mode == .failed }
+
     /// The same, but clients and listening sockets are left to the next server.
     public func handOver() throws(ControlError) -> HandOver {
         precondition(!isStopped, "a stopped server has nothing to hand over")
@@ -130,12 +130,13 @@ public final class PoolServer {
 
     // MARK: - Opening
 
-    private static func open(_ directory: PoolDirectory, _ options: ServeOptions)
-        throws(ControlError) -> LocalPool
-    {
+    private static func open(
+        _ directory: PoolDirectory, _ options: ServeOptions, _ logger: Logger
+    ) throws(ControlError) -> LocalPool {
         try directory.whileBusy { () throws(ControlError) in
             do throws(ControlError) {
-                return try LocalPool(directory, purpose: .change, options: options.pool)
+                return try LocalPool(
+                    directory, purpose: .change, options: options.pool, logger: logger)
             } catch {
                 guard error.kind == .busy, try RemotePool.connect(directory) != nil else {
                     throw error

@@ -37,6 +37,8 @@ public enum StandardSocket {
             !isErrorOutput || dup2(nothing, STDERR_FILENO) >= 0
         else { throw ControlError(cannot: "take over", "standard input", errno) }
         close(nothing)
+        // Receiving is to wait, whatever the one who made it wanted.
+        _ = fcntl(socket, F_SETFL, fcntl(socket, F_GETFL) & ~O_NONBLOCK)
         return socket
     }
 

@@ -15,6 +15,9 @@ public struct Successor {
     private let program: String
     private let arguments: [String]
     private static let variable = "WAFER_HANDOVER"
+    /// Milliseconds that the program has to say its version.
+    private static let patience = 10_000
+    private static let pause: UInt32 = 5
 
     /// - Note: early, while the path still leads to the program that runs.
     public init() {
@@ -55,11 +58,20 @@ public struct Successor {
         posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0)
         let code = posix_spawn(&child, program, &actions, nil, &pointers, environ)
         guard code == 0 else { return "\(program): \(SystemError.words(code))" }
+        let deadline = monotonicMilliseconds() + Self.patience
         var status: Int32 = 0
-        while waitpid(child, &status, 0) < 0 {
-            guard errno == EINTR else { return "\(program): \(SystemError.words(errno))" }
+        while true {
+            switch waitpid(child, &status, WNOHANG) {
+            case child: return status == 0 ? nil : "\(program) --version fails"
+            case 0 where monotonicMilliseconds() < deadline: sleepMilliseconds(Self.pause)
+            case 0:
+                kill(child, SIGKILL)
+                waitpid(child, &status, 0)
+                return "\(program) --version does not end"
+            default:
+                guard errno == EINTR else { return "\(program): \(SystemError.words(errno))" }
+            }
         }
-        return status == 0 ? nil : "\(program) --version fails"
     }
 
     /// Becomes the program. Returns only if that fails; then the connections are lost.

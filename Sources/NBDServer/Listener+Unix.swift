@@ -125,6 +125,8 @@ extension Listener {
         }
         let probe = try newSocket(AF_UNIX, operation)
         defer { Glibc.close(probe) }
+        // A listener that accepts nobody is one, too, and must not be waited for.
+        _ = fcntl(probe, F_SETFL, O_NONBLOCK)
         let code = address.use { connect(probe, $0, $1) == 0 ? 0 : errno }
         guard code == ECONNREFUSED else {
             throw ServerError(

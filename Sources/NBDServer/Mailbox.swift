@@ -38,7 +38,8 @@ final class Mailbox: Sendable {
     /// Called by the reactor when the descriptor is readable.
     func acknowledge() {
         event.clear()
-        isNudged.store(false, ordering: .sequentiallyConsistent)
+        // Exchanged, so that what was left before a nudge that finds it true is seen here.
+        _ = isNudged.exchange(false, ordering: .sequentiallyConsistent)
     }
 
     var shouldStop: Bool { stops.load(ordering: .acquiring) }

@@ -65,7 +65,7 @@ enum Output {
 
     /// Local time.
     static func date(_ seconds: UInt64) -> String {
-        var time = time_t(seconds)
+        var time = time_t(clamping: seconds)
         var parts = tm()
         localtime_r(&time, &parts)
         var text = [CChar](repeating: 0, count: 32)

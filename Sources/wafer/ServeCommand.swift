@@ -126,7 +126,7 @@ struct ServeCommand: ParsableCommand {
         var signal: Int32 = 0
         while sigwait(&signals, &signal) != 0 || signal == Self.restart {
             guard signal == Self.restart else { continue }
-            if let problem = obstacle(to: successor, options) {
+            if let problem = obstacle(to: successor, of: server, options) {
                 logger.error("SIGUSR2: no restart: \(problem)")
                 continue
             }
@@ -145,8 +145,11 @@ struct ServeCommand: ParsableCommand {
     }
 
     /// Why nobody can take over, found before anything is given up; nil: somebody can.
-    private func obstacle(to successor: Successor, _ options: ServeOptions) -> String? {
+    private func obstacle(
+        to successor: Successor, of server: PoolServer, _ options: ServeOptions
+    ) -> String? {
         if listening.stdio { return "there is only one client" }
+        if server.hasFailed { return "the pool has failed: stop the server and check the pool" }
         do { try PoolServer.rehearse(pool.path, options) } catch { return "\(error)" }
         return successor.check()
     }

@@ -40,6 +40,10 @@ struct StorageTests {
         }
         #expect(try code { try client.flush() } == EIO)
         #expect(try pool.status().mode == "failed")
+        // Who still reads goes on: there is nothing that a restart could give to the next server.
+        server.program.signal(SIGUSR2)
+        #expect(eventually(within: 30) { server.program.error.contains("no restart") })
+        #expect(try client.read(Self.block, 512).count == 512)
         server.kill()
     }
 
