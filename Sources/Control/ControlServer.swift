@@ -88,7 +88,9 @@ public final class ControlServer: @unchecked Sendable {
                 throw ControlError(cannot: "listen on", place.path, errno)
             }
             identity = status.st_ino
-            do throws(DeviceError) { stopEvent = try WakeEvent() } catch { throw ControlError(error) }
+            do throws(DeviceError) { stopEvent = try WakeEvent() } catch {
+                throw ControlError(error)
+            }
         } catch {
             close(listener)
             throw error
