@@ -36,7 +36,7 @@ public final class ControlServer: @unchecked Sendable {
     private let listener: Int32
     /// What was bound, so that nobody else's socket is removed at the end.
     private let identity: ino_t
-    /// A byte in this pipe ends the acceptor.
+    /// Ends the acceptor.
     private let stopEvent: WakeEvent
     private var acceptor: pthread_t?
 

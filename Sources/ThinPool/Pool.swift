@@ -556,7 +556,9 @@ public final class Pool: @unchecked Sendable {
         do throws(MetadataError) {
             metadata = try ThinMetadata(metadataDevice, cacheBlocks: options.cacheBlocks)
             metadataIsUnreadable = false
-        } catch {}
+        } catch {
+            // It stays unreadable.
+        }
     }
     /// The pool has failed, and the metadata has not been read anew, or could not be: what is not in
     /// the mapping tables cannot be read.

@@ -4,8 +4,6 @@
 
 import BlockIO
 import Glibc
-import Synchronization
-import ThinMetadata
 
 public final class PoolThread: @unchecked Sendable {
     /// Nanoseconds between two looks at what still keeps the pool from closing.

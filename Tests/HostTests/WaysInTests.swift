@@ -226,9 +226,7 @@ import Testing
                 in: pool.scratch, environment: engine.environment, input: ends[1])
             close(ends[1])
             do {
-                let client = try Client()
-                try client.check(nbd_set_export_name(client.handle, "vol"))
-                try client.check(nbd_connect_socket(client.handle, ends[0]))
+                let client = try client(on: ends[0])
                 let bytes = pattern(3, 0, 65536)
                 try client.write(0, bytes)
                 #expect(same(try client.read(0, 65536), bytes))
@@ -241,6 +239,13 @@ import Testing
             #expect(outcome.error.contains("everything is committed"))
             try pool.expectClean()
         }
+    }
+
+    private func client(on socket: Int32) throws -> Client {
+        let client = try Client()
+        try client.check(nbd_set_export_name(client.handle, "vol"))
+        try client.check(nbd_connect_socket(client.handle, socket))
+        return client
     }
 
     private func socketPair() throws -> [Int32] {
@@ -260,9 +265,7 @@ import Testing
             ["-c", "exec \"$@\" 2>&0", "sh", Program.wafer, "serve", pool.path, "--stdio"],
             in: pool.scratch, input: ends[1])
         close(ends[1])
-        let client = try Client()
-        try client.check(nbd_set_export_name(client.handle, "vol"))
-        try client.check(nbd_connect_socket(client.handle, ends[0]))
+        let client = try client(on: ends[0])
         let bytes = pattern(5, 0, 65536)
         try client.write(0, bytes)
         #expect(same(try client.read(0, 65536), bytes))
