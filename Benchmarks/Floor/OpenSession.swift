@@ -7,7 +7,7 @@ import Sockets
 private struct OneExport: ExportDirectory {
     let export: Export
 
-    mutating func list(secure: Bool) -> [ListedExport] { [] }
+    mutating func next(after name: String?, secure: Bool) -> ListedExport? { nil }
     mutating func describe(_ name: String) -> Export? { export }
     mutating func open(_: String, contexts: [MetaContext], secure: Bool) -> ExportOpening {
         .opened(export)

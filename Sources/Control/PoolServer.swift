@@ -116,7 +116,7 @@ public final class PoolServer {
 
     /// Who reads from a failed pool is served on, but there is nothing that a next server could open as
     /// this one has it.
-    public var hasFailed: Bool { local.pool.status().mode == .failed }
+    public var hasFailed: Bool { local.pool.hasFailed }
 
     /// The same, but clients and listening sockets are left to the next server.
     public func handOver() throws(ControlError) -> HandOver {

@@ -97,7 +97,7 @@ public enum ExportOpening: Hashable, Sendable {
 }
 
 /// An export in the answer to LIST.
-public struct ListedExport: Hashable, Sendable, Codable {
+public struct ListedExport: Hashable, Sendable {
     public var name: String
     public var description: String
 
@@ -108,11 +108,14 @@ public struct ListedExport: Hashable, Sendable, Codable {
 }
 
 /// The exports that there are. The handshake asks when the client does, and keeps nothing.
+/// Exports may come and go while it lists them.
 ///
 /// `secure`: the client came through TLS. Others do not see exports that require it, neither
 /// themselves nor in the meta contexts of others.
 public protocol ExportDirectory {
-    mutating func list(secure: Bool) -> [ListedExport]
+    /// The export that a list has after the one of that name, which need not be there any more;
+    /// without a name the first. Nil: no more. Each name comes once, in an order that stays.
+    mutating func next(after name: String?, secure: Bool) -> ListedExport?
     /// The export of that name; "" is the default export. Nil: there is none.
     mutating func describe(_ name: String) -> Export?
     /// Opened, the export stays so for the transmission that follows.

@@ -22,7 +22,7 @@ extension Handshake {
             return openByName(data, &output, &exports)
         case .list:
             guard data.isEmpty else { return refuseData(of: option, &output) }
-            beginListing(exports.list(secure: isSecure))
+            beginListing()
             return nil
         case .info, .go:
             return answerQuery(option, data, &output, &exports)
@@ -198,13 +198,14 @@ extension Handshake {
                 type: .tooBig, text: "at most \(Limits.maximumContexts) queries are answered")
         }
         var names: [String] = []
+        var known: Set<String> = []
         for asked in query.queries {
             let found =
                 asked.hasSuffix(":")
                 ? exports.contextNames(
                     of: query.exportName, beginningWith: asked, secure: isSecure)
                 : exports.hasContext(asked, of: query.exportName, secure: isSecure) ? [asked] : []
-            names += found.filter { !names.contains($0) }
+            names += found.filter { known.insert($0).inserted }
         }
         return names
     }

@@ -53,7 +53,8 @@ public struct Handshake: Sendable, Codable {
         case optionHeader
         case optionData(OptionCode, length: Int)
         case draining(OptionCode, remaining: Int)
-        case listing(exports: [ListedExport], next: Int)
+        /// `last` is the name that was listed last, `count` how many were.
+        case listing(last: String?, count: Int)
         case startingTLS
         case finished
     }
@@ -83,7 +84,7 @@ public struct Handshake: Sendable, Codable {
     var format = WireFormat.simple
     var selection = Selection()
     private var optionCount = 0
-    /// Questions about single exports that do not count as options; nil before the first LIST.
+    /// Questions about single exports that do not count as options; nil until a list is complete.
     private var freeQuestions: Int?
     private var drained = 0
     /// The part of the present unit (flags, header, data) that has arrived.
@@ -164,8 +165,8 @@ public struct Handshake: Sendable, Codable {
             guard count == remaining else { return .receive }
             state = .optionHeader
             return refuseLong(option, &output)
-        case .listing(let exports, let next):
-            list(exports, from: next, &output)
+        case .listing(let last, let count):
+            list(after: last, count, &output, &exports)
             return .send
         case .startingTLS:
             return .close(.violation("plaintext after STARTTLS"))
@@ -239,26 +240,28 @@ public struct Handshake: Sendable, Codable {
         return .wait
     }
 
-    mutating func beginListing(_ exports: [ListedExport]) {
-        freeQuestions = freeQuestions ?? Limits.questionsOfListedExport * exports.count
-        state = .listing(exports: exports, next: 0)
+    mutating func beginListing() {
+        state = .listing(last: nil, count: 0)
     }
 
     /// At least one reply, so that the listing comes to its end.
     private mutating func list(
-        _ exports: [ListedExport], from first: Int, _ output: inout [UInt8]
+        after last: String?, _ count: Int, _ output: inout [UInt8],
+        _ exports: inout some ExportDirectory
     ) {
         let start = output.count
-        var next = first
-        while next < exports.count && output.count - start < Self.listPiece {
-            output.appendListed(exports[next])
-            next += 1
+        var (last, count) = (last, count)
+        while output.count - start < Self.listPiece {
+            guard let export = exports.next(after: last, secure: isSecure) else {
+                output.appendReply(to: .list, .ack)
+                freeQuestions = freeQuestions ?? Limits.questionsOfListedExport * count
+                state = .optionHeader
+                return
+            }
+            output.appendListed(export)
+            last = export.name
+            count += 1
         }
-        if next < exports.count {
-            state = .listing(exports: exports, next: next)
-        } else {
-            output.appendReply(to: .list, .ack)
-            state = .optionHeader
-        }
+        state = .listing(last: last, count: count)
     }
 }

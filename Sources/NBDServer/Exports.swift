@@ -52,11 +52,15 @@ package struct PoolExports: ExportDirectory {
         contexts = VolumeContexts()
     }
 
-    package func list(secure: Bool) -> [ListedExport] {
-        pool.volumeDescriptions().compactMap { name, description in
-            guard shows(name, secure) else { return nil }
-            return ListedExport(name: name, description: words(description))
+    package func next(after name: String?, secure: Bool) -> ListedExport? {
+        var last = name
+        while let (name, description) = pool.volume(after: last) {
+            if shows(name, secure) {
+                return ListedExport(name: name, description: words(description))
+            }
+            last = name
         }
+        return nil
     }
 
     package func describe(_ name: String) -> Export? {
@@ -110,8 +114,7 @@ package struct PoolExports: ExportDirectory {
     private func volume(_ name: String) -> Volume? {
         if !name.isEmpty { return pool.open(exportNamed: name) }
         if let name = settings.defaultExport { return pool.open(exportNamed: name) }
-        let names = pool.volumeNames()
-        return names.count == 1 ? pool.open(exportNamed: names[0]) : nil
+        return pool.openOnlyVolume()
     }
 
     private func with<Result>(_ name: String, _ body: (Volume) -> Result) -> Result? {
@@ -123,7 +126,7 @@ package struct PoolExports: ExportDirectory {
     private func export(_ volume: Volume) -> Export {
         Export(
             name: volume.name, size: volume.size,
-            isReadOnly: isReadOnly || volume.isReadOnly || pool.status().mode == .failed,
+            isReadOnly: isReadOnly || volume.isReadOnly || pool.hasFailed,
             description: words(volume.description), isRotational: settings.isRotational,
             requiresTLS: settings.requireTLS.contains(volume.name))
     }

@@ -93,10 +93,12 @@ public final class Pool: @unchecked Sendable {
     var isReadOnly: Bool { readOnlyReason != nil }
 
     // Volumes
-    var catalogue = Catalogue()
+    var catalogue = Catalogue() { didSet { volumeIndex = nil } }
     var hasCatalogue = false
     var catalogueBlocks: UInt64 = 0
-    var volumesByName: [String: Volume] = [:]
+    var volumesByName: [String: Volume] = [:] { didSet { volumeIndex = nil } }
+    /// Made when somebody asks: it costs time, and clients ask far more often than volumes change.
+    var volumeIndex: VolumeIndex?
     var volumesByID: [ThinDeviceID: Volume] = [:]
     /// All of them, in the order in which their tables give up pages.
     var volumes: [Volume] = []

@@ -9,11 +9,18 @@ extension Pool {
 
     /// The volume of that name, in use until `close`; nil if there is none.
     public func open(exportNamed name: String) -> Volume? {
-        lock.withLock {
-            guard let volume = volumesByName[name], !volume.isBeingDeleted else { return nil }
-            volume.users += 1
-            return volume
-        }
+        lock.withLock { open(name) }
+    }
+
+    /// The volume, if there is one and no other.
+    public func openOnlyVolume() -> Volume? {
+        lock.withLock { volumesByName.count == 1 ? open(volumesByName.first!.key) : nil }
+    }
+
+    private func open(_ name: String) -> Volume? {
+        guard let volume = volumesByName[name], !volume.isBeingDeleted else { return nil }
+        volume.users += 1
+        return volume
     }
 
     public func close(_ volume: Volume) {
@@ -24,13 +31,13 @@ extension Pool {
     }
 
     public func volumeNames() -> [String] {
-        lock.withLock { volumesByName.keys.sorted() }
+        lock.withLock { indexOfVolumes().names }
     }
 
-    /// All volumes by name.
-    public func volumeDescriptions() -> [(name: String, description: String?)] {
+    /// The volume that follows that name in the order of names; nil: none does.
+    public func volume(after name: String?) -> (name: String, description: String?)? {
         lock.withLock {
-            volumesByName.values.sorted { $0.name < $1.name }.map { ($0.name, $0.description) }
+            indexOfVolumes().name(after: name).map { ($0, volumesByName[$0]!.description) }
         }
     }
 
@@ -41,34 +48,14 @@ extension Pool {
     /// Names of volumes that a difference from makes sense of: the volume's origins, its snapshots,
     /// and theirs. Sorted, at most `limit`.
     public func extentBases(of volume: Volume, limit: Int) -> [String] {
-        let entries = lock.withLock { catalogue.volumes.filter { volumesByName[$0.name] != nil } }
-        var snapshots: [String: [Catalogue.Entry]] = [:]
-        var origins: [String: String] = [:]
-        var siblings: [UInt64: [String]] = [:]
-        var families: [String: UInt64] = [:]
-        for entry in entries {
-            if let origin = entry.origin {
-                snapshots[origin, default: []].append(entry)
-                origins[entry.name] = origin
-            } else if let family = entry.family {
-                siblings[family, default: []].append(entry.name)
-                families[entry.name] = family
-            }
-        }
-        // An origin that is gone still makes its snapshots relatives.
-        var family: Set<String> = [volume.name]
-        var next = [volume.name]
-        while let name = next.popLast() {
-            let relatives =
-                (snapshots[name] ?? []).map(\.name) + (origins[name].map { [$0] } ?? [])
-                + (families[name].flatMap { siblings[$0] } ?? [])
-            for relative in relatives where family.insert(relative).inserted {
-                next.append(relative)
-            }
-        }
-        family.remove(volume.name)
-        let names = entries.map(\.name).filter(family.contains).sorted()
-        return Array(names.prefix(max(0, limit)))
+        lock.withLock { indexOfVolumes().relatives(of: volume.name, limit: limit) }
+    }
+
+    private func indexOfVolumes() -> VolumeIndex {
+        if let volumeIndex { return volumeIndex }
+        let index = VolumeIndex(catalogue.volumes.filter { volumesByName[$0.name] != nil })
+        volumeIndex = index
+        return index
     }
 
     // MARK: - Opening
@@ -176,6 +163,9 @@ extension Pool {
         let (bytes, isTooMuch) = blocks.multipliedReportingOverflow(by: blockSize)
         return isTooMuch ? .max : bytes
     }
+
+    /// Nothing is written any more, until the pool is opened again.
+    public var hasFailed: Bool { lock.withLock { failure != nil } }
 
     public func status() -> PoolStatus {
         lock.withLock {

@@ -1,5 +1,6 @@
 // What the handshake answers to each option, well formed and not, wherever the input is cut.
 
+import FoundationEssentials
 import NBDProtocol
 import Testing
 
@@ -148,7 +149,7 @@ import Testing
 
     @Test func longListsGoOutInPiecesOfWholeReplies() throws {
         var directory = TestDirectory()
-        directory.names = (0..<5000).map { "volume\($0)" }
+        directory.names = (0..<1000).map { "volume\($0)" }
         var handshake = Handshake()
         let input = newstyle + option(.list)
         var position = 0
@@ -170,7 +171,44 @@ import Testing
         #expect(largest < 9000)
         var session = Session([])
         session.output = all
-        #expect(try #require(session.replies).count == 5001)
+        #expect(try #require(session.replies).count == 1001)
+    }
+
+    /// A client that does not read its list costs no memory for it, and exports come and go
+    /// meanwhile.
+    @Test func aListIsNotKept() throws {
+        var directory = TestDirectory()
+        directory.names = (1000..<2000).map { "volume\($0)" }
+        var handshake = Handshake()
+        var input = newstyle + option(.list)
+        func advance() throws -> [UInt8] {
+            var output: [UInt8] = []
+            let consumed = input.withUnsafeBytes {
+                handshake.advance($0, output: &output, exports: &directory).consumed
+            }
+            input.removeFirst(consumed)
+            return output
+        }
+        var all = try advance() + advance()
+        #expect(try JSONEncoder().encode(handshake).count < 1024)
+        directory.names.removeAll { $0 == "volume1999" }
+        directory.names.removeFirst(500)
+        directory.names.append("volume2000")
+        while true {
+            let piece = try advance()
+            if piece.isEmpty { break }
+            all += piece
+        }
+        var session = Session([])
+        session.output = all
+        let replies = try #require(session.replies)
+        let listed = replies.filter { $0.type == .server }.map {
+            String(decoding: $0.data.dropFirst(4), as: UTF8.self)
+        }
+        #expect(listed == listed.sorted() && Set(listed).count == listed.count)
+        #expect(listed.first == "volume1000" && listed.last == "volume2000")
+        #expect(!listed.contains("volume1999"))
+        #expect(replies.last == OptionReply(.list, .ack))
     }
 
     @Test func noNamesAtAll() throws {

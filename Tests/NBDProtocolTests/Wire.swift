@@ -45,9 +45,10 @@ struct TestDirectory: ExportDirectory {
     var names = ["alpha", "beta"]
     var opened: [String] = []
 
-    func list(secure: Bool) -> [ListedExport] {
-        names.filter { secure || !secret.contains($0) }
-            .map { ListedExport(name: $0, description: "") }
+    func next(after last: String?, secure: Bool) -> ListedExport? {
+        names.filter { name in
+            (secure || !secret.contains(name)) && (last.map { name > $0 } ?? true)
+        }.min().map { ListedExport(name: $0, description: "") }
     }
     func describe(_ name: String) -> Export? {
         let name = name.isEmpty && names.count == 1 ? names[0] : name

@@ -120,9 +120,10 @@ private struct FuzzedDirectory: ExportDirectory {
     private var busy = 2
     private(set) var opened: [String] = []
 
-    func list(secure: Bool) -> [ListedExport] {
-        Self.names.filter { secure || $0 != "secret" }
-            .map { ListedExport(name: $0, description: "an export") }
+    func next(after last: String?, secure: Bool) -> ListedExport? {
+        Self.names.filter { name in
+            (secure || name != "secret") && (last.map { name > $0 } ?? true)
+        }.min().map { ListedExport(name: $0, description: "an export") }
     }
 
     func describe(_ name: String) -> Export? {
