@@ -145,6 +145,16 @@ import Testing
             }
         }
         #expect(try client.answer(.extended, to: Raw.read, length: 512).error == 0)
+        // Of 32-bit lengths, with what is announced still to come.
+        for format in [Raw.Format.simple, .structured] {
+            for flags: UInt16 in [0, Raw.hasPayload] {
+                let greedy = try RawClient(attacked.server, "vol", format)
+                try greedy.send(
+                    Raw.header(format, Raw.write, flags: flags, length: UInt64(UInt32.max)))
+                for _ in 0..<4 { try greedy.send([UInt8](repeating: 1, count: 1 << 20)) }
+                try attacked.expectService()
+            }
+        }
         try attacked.finish()
     }
 

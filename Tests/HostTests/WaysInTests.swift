@@ -83,7 +83,7 @@ import Testing
             #expect(message(notify) == "READY=1", "\(server.error)")
             // Ready means that somebody accepts.
             for uri in sockets.map({ uris[$0 == unix ? 0 : 1] }) {
-                let info = try Program.run("nbdinfo", ["--size", uri], in: pool.scratch)
+                let info = try Program.run("nbdinfo", ["--size", String(uri)], in: pool.scratch)
                 #expect(info.output == "\(mebibyte)\n", "\(info)")
             }
             #expect(server.output.isEmpty)
@@ -327,6 +327,20 @@ import Testing
             let outcome = server.wait(seconds: 20)
             #expect(outcome.status == 1 && outcome.error.contains(words), "\(outcome)")
         }
+    }
+
+    @Test func whatIsPrintedIsAURI() throws {
+        let pool = try TestPool(volumes: [("vol", mebibyte)])
+        let path = "\(pool.scratch.path)/a b&c%41+#é?.sock"
+        let server = try Program(
+            Program.wafer, ["serve", pool.path, "--unix", path], in: pool.scratch)
+        try #require(eventually { server.output.hasSuffix("\n") }, "\(server.error)")
+        let uri = server.output.split(separator: " ").last!.dropLast()
+            .replacing("nbd+unix:///?", with: "nbd+unix:///vol?")
+        let info = try Program.run("nbdinfo", ["--size", String(uri)], in: pool.scratch)
+        #expect(info.status == 0 && info.output == "\(mebibyte)\n", "\(uri): \(info)")
+        server.signal(SIGTERM)
+        #expect(server.wait().status == 0)
     }
 
     @Test func internetProtocolVersion6() throws {
