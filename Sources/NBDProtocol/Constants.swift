@@ -173,6 +173,8 @@ public enum Limits {
     /// Beside so many questions for each export that LIST has told of: programs that list exports
     /// ask about one after the other, QEMU's three times and libnbd's twice.
     public static let questionsOfListedExport = 8
+    /// Queries in one option about meta contexts. Clients send one for each context they know.
+    public static let maximumQueries = 256
     /// Meta contexts that a session may select.
     public static let maximumContexts = 16
     /// Extents in the answer to one BLOCK_STATUS, all its contexts together. The protocol suggests

@@ -108,7 +108,7 @@ public struct ListedExport: Hashable, Sendable {
 }
 
 /// The exports that there are. The handshake asks when the client does, and keeps nothing.
-/// Exports may come and go while it lists them.
+/// Exports may come and go while it lists them. Names of exports and contexts are ASCII.
 ///
 /// `secure`: the client came through TLS. Others do not see exports that require it, neither
 /// themselves nor in the meta contexts of others.

@@ -79,8 +79,11 @@ extension Handshake {
         if format == .extended {
             return .close(.violation("EXPORT_NAME after EXTENDED_HEADERS"))
         }
-        let contexts = selectedContexts(of: name)
-        switch exports.open(name, contexts: contexts, secure: isSecure) {
+        let contexts = isPossible(name) ? selectedContexts(of: name) : []
+        let opening =
+            isPossible(name)
+            ? exports.open(name, contexts: contexts, secure: isSecure) : .absent
+        switch opening {
         case .absent:
             return .close(.violation("there is no export of the name asked for"))
         case .requiresTLS:
@@ -188,7 +191,7 @@ extension Handshake {
     private func list(
         _ query: ContextQuery, _ exports: inout some ExportDirectory
     ) throws(OptionFailure) -> [String] {
-        guard !query.queries.isEmpty else {
+        if query.asksForAll {
             return exports.contextNames(
                 of: query.exportName, beginningWith: "", secure: isSecure)
         }

@@ -29,6 +29,7 @@ struct ExportQuery: Equatable {
         guard let name = validName(data[4..<4 + nameLength]) else {
             throw .invalid("the name is not UTF-8 without NUL")
         }
+        guard isPossible(name) else { throw .unknownExport(name) }
         let infoTypes = (0..<count).map { data.word(types + 2 * $0, as: UInt16.self) }
         return ExportQuery(name: name, infoTypes: infoTypes)
     }
@@ -38,10 +39,11 @@ struct ExportQuery: Equatable {
 ///
 ///   0 name length u32 | 4 name | count u32 | count x (length u32 | query)
 ///
-/// and not one byte more. A query that is too long to be a context's name is left out: it matches
-/// none.
+/// and not one byte more. A query that cannot be a context's name is left out: it matches none.
 struct ContextQuery: Equatable {
     var exportName: String
+    /// There is not even one that is left out.
+    var asksForAll: Bool
     var queries: [String]
 
     static func parse(_ data: [UInt8]) throws(OptionFailure) -> ContextQuery {
@@ -56,13 +58,18 @@ struct ContextQuery: Equatable {
         guard count <= rest.count / 4 else {
             throw .invalid("there are more queries than the option has room for")
         }
+        guard count <= Limits.maximumQueries else {
+            throw OptionFailure(
+                type: .tooBig, text: "at most \(Limits.maximumQueries) queries are looked at")
+        }
         var queries: [String] = []
         for _ in 0..<count {
             let bytes = try takeString(from: &rest, "a query")
-            if let query = validName(bytes) { queries.append(query) }
+            if let query = validName(bytes), isPossible(query) { queries.append(query) }
         }
         guard rest.isEmpty else { throw .invalid("the option's length does not fit its fields") }
-        return ContextQuery(exportName: exportName, queries: queries)
+        guard isPossible(exportName) else { throw .unknownExport(exportName) }
+        return ContextQuery(exportName: exportName, asksForAll: count == 0, queries: queries)
     }
 
     private static func takeLength(
@@ -109,6 +116,10 @@ func validName(_ bytes: some Collection<UInt8>) -> String? {
     guard bytes.count <= Limits.maximumString, !bytes.contains(0) else { return nil }
     return String(validating: bytes, as: UTF8.self)
 }
+
+/// Whether an export or a context can have that name: they are ASCII. Beyond it, to hash or compare
+/// strings is to normalize them, and a name of 4096 bytes can take 10 ms of that.
+func isPossible(_ name: String) -> Bool { name.utf8.allSatisfy { $0 < 0x80 } }
 
 extension [UInt8] {
     /// The big-endian word at `offset`, which the caller has compared with the count.

@@ -295,6 +295,20 @@ import Testing
         #expect(try #require(session.replies).compactMap(\.info) == [0, 3, 1, 2])
     }
 
+    /// They would cost far more to compare than to send.
+    @Test func noNameIsBeyondASCII() throws {
+        var directory = TestDirectory()
+        directory.names = ["\u{e9}"]
+        for code in [OptionCode.info, .go] {
+            let session = Session(
+                newstyle + option(code, query("\u{e9}")), directory: directory)
+            #expect(try #require(session.replies).map(\.type) == [.unknown])
+        }
+        let session = Session(
+            newstyle + option(.exportName, Array("\u{e9}".utf8)), directory: directory)
+        #expect(session.isViolation && session.directory.opened.isEmpty)
+    }
+
     @Test(arguments: 0...11 as ClosedRange<UInt32>)
     func announcedGigabytesEndTheSessionAtOnce(code: UInt32) {
         for length in [0xFFFF_FFFF, 0x8000_0000, UInt32(Limits.maximumDrain) + 1] {

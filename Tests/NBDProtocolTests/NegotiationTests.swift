@@ -175,6 +175,28 @@ private let extended = newstyle + option(.extendedHeaders)
         #expect(try #require(refused.replies).map(\.type) == [.ack, .tooBig, .ack])
     }
 
+    @Test func noMoreQueriesThanAreLookedAt() throws {
+        for code in [OptionCode.setMetaContext, .listMetaContext] {
+            let many = [String](repeating: "", count: Limits.maximumQueries + 1)
+            let refused = Session(structured + contexts(code, "alpha", many))
+            #expect(try #require(refused.replies).map(\.type) == [.ack, .tooBig])
+        }
+        let most = [String](repeating: "", count: Limits.maximumQueries - 1) + ["test:one"]
+        let answered = Session(structured + contexts(.setMetaContext, "alpha", most))
+        #expect(told(try #require(answered.replies)).map(\.name) == ["test:one"])
+    }
+
+    @Test func noContextIsBeyondASCII() throws {
+        var directory = TestDirectory()
+        directory.contexts = ["test:\u{e9}"]
+        for code in [OptionCode.setMetaContext, .listMetaContext] {
+            let session = Session(
+                structured + contexts(code, "alpha", ["test:\u{e9}"])
+                    + contexts(code, "\u{e9}", []), directory: directory)
+            #expect(try #require(session.replies).map(\.type) == [.ack, .ack, .unknown])
+        }
+    }
+
     @Test func listingDoesNotSelect() {
         let session = Session(
             structured + contexts(.setMetaContext, "alpha", ["test:one"])
