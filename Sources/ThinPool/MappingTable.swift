@@ -43,10 +43,15 @@ package final class MappingTable: @unchecked Sendable {
     private let pageCount: Int
     private let directoryBytes: Int
     private let directory: UnsafeMutablePointer<Atomic<UInt>>
-    /// Words that are not absent in each stretch of the directory. Under the lock.
+    /// What is in each stretch of the directory: words that are not absent, and those of them that
+    /// have a page. Under the lock.
     private let present: UnsafeMutablePointer<UInt16>
-    private static let stretch = 4096
-    /// Bytes of the pages that are present. Under the lock.
+    private let paged: UnsafeMutablePointer<UInt16>
+    private let stretches: Int
+    /// Words that take a page of the system's memory as soon as one of them is written.
+    private static let stretch = 512
+    private static let stretchBytes = stretch * MemoryLayout<Atomic<UInt>>.stride
+    /// Bytes of the pages, and of the directory's stretches, that are present. Under the lock.
     private(set) var bytes = 0
 
     package init?(blocks: UInt64, pageShift: UInt64 = MappingTable.longestPageShift) {
@@ -61,14 +66,21 @@ package final class MappingTable: @unchecked Sendable {
             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         guard let memory, memory != MAP_FAILED else { return nil }
         directory = memory.bindMemory(to: Atomic<UInt>.self, capacity: max(pageCount, 1))
-        let stretches = (pageCount + Self.stretch - 1) / Self.stretch
-        present = .allocate(capacity: stretches)
-        present.initialize(repeating: 0, count: stretches)
+        stretches = (pageCount + Self.stretch - 1) / Self.stretch
+        present = Self.zeroes(stretches)
+        paged = Self.zeroes(stretches)
+    }
+
+    /// Not written, so that what a large volume does not use of them takes no memory.
+    private static func zeroes(_ count: Int) -> UnsafeMutablePointer<UInt16> {
+        calloc(max(count, 1), MemoryLayout<UInt16>.stride)!
+            .bindMemory(to: UInt16.self, capacity: max(count, 1))
     }
 
     deinit {
         if bytes > 0 { removeAll { free(UnsafeMutableRawPointer(bitPattern: $0)) } }
-        present.deallocate()
+        free(present)
+        free(paged)
         munmap(directory, directoryBytes)
     }
 
@@ -124,8 +136,11 @@ package final class MappingTable: @unchecked Sendable {
         } else if !places.isEmpty {
             word = PackedPage(places).address | Self.packedBit
         }
+        let stretch = index / Self.stretch
+        if present[stretch] == 0 { bytes += Self.stretchBytes }
         bytes += size(word)
-        present[index / Self.stretch] += 1
+        present[stretch] += 1
+        if word != Self.hole { paged[stretch] += 1 }
         directory[index].store(word, ordering: .releasing)
     }
 
@@ -157,6 +172,7 @@ package final class MappingTable: @unchecked Sendable {
         packed?.forEach { place, entry in page[place].store(entry, ordering: .relaxed) }
         page[place].store(entry, ordering: .relaxed)
         bytes += pageBytes - size(word)
+        if word == Self.hole { paged[index / Self.stretch] += 1 }
         directory[index].store(UInt(bitPattern: page), ordering: .releasing)
         return packed?.address
     }
@@ -164,26 +180,14 @@ package final class MappingTable: @unchecked Sendable {
     /// Takes every page out of the directory; `body` gets the address of each, to be freed once
     /// the epoch has drained.
     func removeAll(_ body: (UInt) -> Void) {
-        var index = 0
-        while index < pageCount {
-            if let next = endOfAbsence(at: index) {
-                index = next
-                continue
-            }
-            let word = directory[index].load(ordering: .relaxed)
-            if word != Self.absent { remove(index, word, body) }
-            index += 1
+        for stretch in 0..<stretches where present[stretch] > 0 {
+            for index in words(of: stretch) { remove(index, body) }
         }
     }
 
-    /// Where the stretch ends that holds this word, if all of its words are absent.
-    private func endOfAbsence(at index: Int) -> Int? {
-        let stretch = index / Self.stretch
-        return present[stretch] == 0 ? min((stretch + 1) * Self.stretch, pageCount) : nil
-    }
-
-    /// Takes pages of at least `count` bytes out, if there are as many, going on where the last
-    /// call stopped; not the one that holds `block`. `body` gets the number and address of each.
+    /// Takes out what has at least `count` bytes, if there is as much, going on where the last call
+    /// stopped; not the page that holds `block`. Pages go one by one; that there is none goes a
+    /// stretch at a time. `body` gets the number and address of each page.
     func evict(
         bytes count: Int, keeping block: UInt64?, _ body: (_ page: UInt64, _ address: UInt) -> Void
     ) {
@@ -191,13 +195,17 @@ package final class MappingTable: @unchecked Sendable {
         let goal = max(0, bytes - count)
         var looked = 0
         while bytes > goal, looked < pageCount {
+            let stretch = hand / Self.stretch
             var next = hand + 1
-            if let end = endOfAbsence(at: hand) {
-                next = end
+            if paged[stretch] > 0 {
+                if hand != kept, directory[hand].load(ordering: .relaxed) != Self.hole {
+                    remove(hand) { body(UInt64(hand), $0) }
+                }
             } else {
-                let word = directory[hand].load(ordering: .relaxed)
-                if word != Self.absent, word != Self.hole, hand != kept {
-                    remove(hand, word) { body(UInt64(hand), $0) }
+                let words = words(of: stretch)
+                next = words.upperBound
+                if present[stretch] > 0, kept.map(words.contains) != true {
+                    for index in words { remove(index) { _ in } }
                 }
             }
             looked += next - hand
@@ -206,11 +214,31 @@ package final class MappingTable: @unchecked Sendable {
     }
     private var hand = 0
 
-    private func remove(_ index: Int, _ word: UInt, _ body: (UInt) -> Void) {
+    private func words(of stretch: Int) -> Range<Int> {
+        stretch * Self.stretch..<min((stretch + 1) * Self.stretch, pageCount)
+    }
+
+    private func remove(_ index: Int, _ body: (UInt) -> Void) {
+        let word = directory[index].load(ordering: .relaxed)
+        if word == Self.absent { return }
         directory[index].store(Self.absent, ordering: .releasing)
-        present[index / Self.stretch] -= 1
         bytes -= size(word)
-        if word != Self.hole { body(word & ~Self.packedBit) }
+        let stretch = index / Self.stretch
+        present[stretch] -= 1
+        if word != Self.hole {
+            paged[stretch] -= 1
+            body(word & ~Self.packedBit)
+        }
+        if present[stretch] == 0 { release(stretch) }
+    }
+
+    /// Gives the memory of a stretch back whose words are all absent; they stay so.
+    private func release(_ stretch: Int) {
+        bytes -= Self.stretchBytes
+        let memory = directory + stretch * Self.stretch
+        if madvise(memory, Self.stretchBytes, MADV_DONTNEED_LOCKED) != 0 {
+            madvise(memory, Self.stretchBytes, MADV_DONTNEED)
+        }
     }
 
     private func size(_ word: UInt) -> Int {

@@ -94,11 +94,27 @@ import ThinMetadata
     /// What few mappings cost: a fraction of a plain page.
     @Test func aPageTakesMemoryForWhatIsMapped() throws {
         let table = try #require(MappingTable(blocks: Self.blocks))
+        table.load(pageOf: Self.pageEntries) { _ in }
+        let before = table.bytes
         table.load(pageOf: 0) { set in
             for block in stride(from: UInt64(0), to: Self.pageEntries, by: 16) {
                 set(VirtualBlock(block), Mapping(block: DataBlock(block), time: 1))
             }
         }
-        #expect(table.bytes < 400)
+        #expect(table.bytes - before < 400)
+        table.removeAll { free(UnsafeMutableRawPointer(bitPattern: $0)) }
+    }
+
+    /// A client that reads a huge volume's holes here and there does not fill the memory.
+    @Test func whatIsKnownOfHolesCountsAndIsForgotten() throws {
+        let table = try #require(MappingTable(blocks: 1 << 37))
+        let distance = 512 * Self.pageEntries
+        let kept = 100 * distance
+        for number in 0..<UInt64(1000) { table.load(pageOf: number * distance) { _ in } }
+        #expect(table.bytes >= 1000 * 4096)
+        var pages = 0
+        table.evict(bytes: table.bytes, keeping: kept) { _, _ in pages += 1 }
+        #expect(pages == 0 && table.bytes == 4096)
+        #expect(table.lookup(kept) == .unmapped && table.lookup(kept + distance) == .unknown)
     }
 }
