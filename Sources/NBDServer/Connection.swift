@@ -225,7 +225,7 @@ package final class Connection {
         transmission!.finish(slot, code: code)
         guard hasFence, transmission!.inFlight == 0 else { return false }
         hasFence = false
-        volume!.removeFence()
+        exports.pool.removeFence(of: volume!)
         return true
     }
 

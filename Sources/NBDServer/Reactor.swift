@@ -41,6 +41,8 @@ final class Reactor {
     private var connectionCount = 0
     /// Some connection's export was busy when it asked for it.
     private var hasWaiting = false
+    /// What the pool's count was when they asked again.
+    private var fencesRemoved = 0
     /// Those to look after at the end of the turn.
     private let marked: UnsafeMutablePointer<Int>
     private var markedCount = 0
@@ -299,8 +301,12 @@ final class Reactor {
         }
     }
 
-    /// Handshakes whose export was busy ask again. Whoever makes an export free wakes all reactors.
+    /// Handshakes whose export was busy ask again when some export has become free: whoever makes
+    /// one free wakes all reactors, after that can be seen.
     private func retryWaiting() {
+        let removed = shared.pool.fencesRemoved.load(ordering: .acquiring)
+        if removed == fencesRemoved { return }
+        fencesRemoved = removed
         hasWaiting = false
         for index in 0..<capacity {
             guard let connection = connections[index], connection.isWaiting else { continue }

@@ -41,6 +41,8 @@ public struct PoolBounds: Sendable {
     /// where a query would visit one.
     public var turnLeaves = 16
     public var unmapsPerLeaf = 32
+    /// Steps that a turn looks up, or finds a block for, before the next one begins.
+    public var turnAsks = 256
     /// Pages of the mapping table that one CACHE loads.
     public var cachedPages = 64
     /// Mappings up to which a device is deleted in one go, not in the background.
@@ -107,6 +109,9 @@ public final class Pool: @unchecked Sendable {
     package var tableBytes = 0
     /// What is given up beyond the bound, so that not every page that is loaded has to.
     private static let evictionSlack = 64 << 10
+
+    /// How often some volume's fence has been removed.
+    package let fencesRemoved = Atomic<Int>(0)
 
     // Engines and what they wait for
     /// Kept alive by their reactors, until they close.

@@ -113,7 +113,7 @@ public final class Volume: @unchecked Sendable {
 
     package var isFenced: Bool { fences.load(ordering: .acquiring) > 0 }
     package func addFence() { fences.wrappingAdd(1, ordering: .acquiringAndReleasing) }
-    package func removeFence() { fences.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+    func removeFence() { fences.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
 
     /// No write goes the fast way any more: the pool failed, or nobody may write.
     func closeGate() { gate.bitwiseOr(Self.closedGate, ordering: .sequentiallyConsistent) }

@@ -30,6 +30,12 @@ extension Pool {
         }
     }
 
+    /// Clients that wait for the volume can ask again; who serves them compares `fencesRemoved`.
+    package func removeFence(of volume: Volume) {
+        volume.removeFence()
+        fencesRemoved.wrappingAdd(1, ordering: .acquiringAndReleasing)
+    }
+
     public func volumeNames() -> [String] {
         lock.withLock { indexOfVolumes().names }
     }

@@ -85,7 +85,7 @@ import Testing
         volume.addFence()
         #expect(try succession.next() == Self.count)
         expectService(clients)
-        volume.removeFence()
+        pool.removeFence(of: volume)
         pool.close(volume)
     }
 

@@ -106,7 +106,7 @@ import ThinPool
         }
         // Another volume's clients, and this one's that are in already, are not concerned.
         #expect(!eventually(within: 2) { isIn.withLock { $0 } })
-        volume.removeFence()
+        server.pool.pool.removeFence(of: volume)
         #expect(eventually { isIn.withLock { $0 } })
         coming.join()
     }
