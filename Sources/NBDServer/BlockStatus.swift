@@ -56,17 +56,19 @@ struct StatusQuery {
         query = ExtentQuery(kinds: contexts.kinds, limit: limit)
     }
 
-    /// Bytes of the longest answer.
-    func replySize(_ chunk: ChunkHeader) -> Int {
-        contexts.selected.count * chunk.statusSize(extents: limit)
+    /// Bytes that the longest answer takes: the extents, and the reply made of them.
+    func memory(_ chunk: ChunkHeader) -> Int {
+        contexts.selected.count * (chunk.statusSize(extents: limit) + Self.bytes(extents: limit))
     }
 
-    /// Bytes of the longest answer to any question about some of these contexts: fewer of them may
-    /// have more extents between them than all.
-    static func longestReply(_ contexts: VolumeContexts, _ chunk: ChunkHeader) -> Int {
+    /// As much for any question about some of these contexts: fewer of them may have more extents
+    /// between them than all.
+    static func mostMemory(_ contexts: VolumeContexts, _ chunk: ChunkHeader) -> Int {
         (contexts.selected.count - 1) * chunk.statusSize(extents: 0)
-            + chunk.statusSize(extents: Limits.maximumExtents)
+            + chunk.statusSize(extents: Limits.maximumExtents) + bytes(extents: Limits.maximumExtents)
     }
+
+    private static func bytes(extents: Int) -> Int { extents * MemoryLayout<Extent>.stride }
 
     /// Writes a chunk for each context; returns how many bytes.
     func write(to bytes: UnsafeMutableRawPointer, _ chunk: ChunkHeader) -> Int {

@@ -409,14 +409,14 @@ package final class Transmission {
                 refuse(header, .damagedStatusPayload)
                 return true
             }
-            let room = StatusQuery.longestReply(contexts, chunk)
+            let room = StatusQuery.mostMemory(contexts, chunk)
             guard let index = takeSlot(header, payload: room) else { return false }
             slots[Int(index)].asksForStatus = true
             expectsLongWrite = false
             awaitPayload(of: header, in: index, length: Int(header.length))
         } else {
             let query = statusQuery(contexts, header)
-            guard let index = takeSlot(header, payload: query.replySize(chunk)) else {
+            guard let index = takeSlot(header, payload: query.memory(chunk)) else {
                 return false
             }
             slots[Int(index)].asksForStatus = true

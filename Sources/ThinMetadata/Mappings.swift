@@ -152,7 +152,7 @@ extension ThinMetadata {
     /// whether anybody else has its data in the open transaction, so that a write has to copy it.
     ///
     /// Unlike `isExclusive` it tells the present state alone, not what a crash may bring back.
-    /// - Returns: as `visitLeaf`.
+    /// - Returns: as `visitLeaf`; a mapping of that leaf, where it would have to read too many bitmaps.
     public func visitSharing(
         _ id: ThinDeviceID, from: VirtualBlock, limit: VirtualBlock,
         _ body: (VirtualBlock, _ isShared: Bool) -> Void
@@ -161,8 +161,14 @@ extension ThinMetadata {
         var isOwn = try isOwnPath(superblock.mappingRoot, .topLevel, UInt64(id.rawValue))
         if isOwn { isOwn = try isOwnPath(record.root, .mapping, from.rawValue) }
         var failure: MetadataError?
+        var stop: VirtualBlock?
+        let bitmaps = store.data.loadedPages + Self.mostBitmapsRead
         let next = try visitLeaf(id, from: from, limit: limit) { block, mapping in
-            guard failure == nil else { return }
+            guard failure == nil, stop == nil else { return }
+            guard store.data.loadedPages < bitmaps else {
+                stop = block
+                return
+            }
             var isShared = mapping.time < record.details.snapshottedTime
             if isShared, isOwn {
                 do throws(MetadataError) {
@@ -172,8 +178,11 @@ extension ThinMetadata {
             body(block, isShared)
         }
         if let failure { throw failure }
-        return next
+        return stop ?? next
     }
+
+    /// The mappings of a leaf may each have their data elsewhere.
+    private static let mostBitmapsRead = 8
 
     /// Whether all nodes on the way to the key's leaf have one reference.
     private func isOwnPath(

@@ -37,7 +37,7 @@ extension Pool {
         if metadataIsUnreadable { return .failure(EIO) }
         do throws(MetadataError) {
             var isFirst = true
-            while leaves > 0, let kind = query.current {
+            while leaves > 0, isFirst || !lock.isAwaited, let kind = query.current {
                 if case .difference(let other) = kind, volumesByID[other.id] !== other {
                     // It has been deleted: there is nothing left to compare with.
                     return .failure(EINVAL)

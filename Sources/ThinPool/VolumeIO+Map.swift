@@ -94,19 +94,33 @@ extension VolumeIO {
     /// for some of those who wait, and theirs then comes back with the one after it.
     private static let unmapPatience: UInt8 = 100
 
+    /// In one go: each mapping may have to have a bitmap read.
+    private static let mostLeavesUnmapped = 4
+    /// Busy blocks that are gone through in the time for a leaf.
+    private static let cellsOfLeaf = 1024
+
     private func resolveUnmap(_ index: Int32, _ volume: Volume) {
         let step = steps[index]
         var range = step.pointee.virtualBlock..<step.pointee.blockLimit
         // Blocks being filled or copied were asked for first: unmap up to them, then wait.
         let busy = pool.firstCell(of: volume.id, in: range)
+        leavesLeft -= pool.cells.count / Self.cellsOfLeaf
         if let busy {
             if busy == range.lowerBound {
+                leavesLeft -= 1
                 return pool.park(reference(index), inCell: CellKey(volume.id, busy))
             }
             range = range.lowerBound..<busy
         }
-        let perLeaf = pool.options.bounds.unmapsPerLeaf
-        switch pool.unmap(volume, range, limit: perLeaf * leavesLeft) {
+        let bounds = pool.options.bounds
+        if pool.metadata.discardedBlocks >= bounds.deletionBatch, pool.failure == nil {
+            leavesLeft -= 1
+            pool.requestCommit()
+            return pool.park(reference(index), in: &pool.metadataWaiters)
+        }
+        let perLeaf = bounds.unmapsPerLeaf
+        let leaves = min(max(leavesLeft, 1), Self.mostLeavesUnmapped)
+        switch pool.unmap(volume, range, limit: perLeaf * leaves) {
         case .failure(ENOSPC)
         where step.pointee.commitsAwaited < Self.unmapPatience && pool.commitGivesBack:
             leavesLeft -= 1

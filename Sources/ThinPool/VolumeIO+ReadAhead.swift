@@ -13,9 +13,10 @@ extension VolumeIO {
         nodes = reader
         pool.readAhead(reader) { () throws(MetadataError) in
             let walkers = min(walking.count, leavesLeft)
-            for place in 0..<asking.count + walkers where !reader.isFull {
-                let isWalker = place >= asking.count
-                let step = steps[isWalker ? walking[place - asking.count] : asking[place]]
+            let askers = min(asking.count, Self.askPortion)
+            for place in 0..<askers + walkers where !reader.isFull {
+                let isWalker = place >= askers
+                let step = steps[isWalker ? walking[place - askers] : asking[place]]
                 let request = requests[step.pointee.request]
                 guard step.pointee.intent != .unmap,
                     let volume = request.pointee.volume?.takeUnretainedValue()
@@ -33,7 +34,7 @@ extension VolumeIO {
                 }
                 try pool.metadata.forEachMissingNode(
                     volume.id, range,
-                    leaves: NodeReader.most, reader.want)
+                    leaves: isWalker ? NodeReader.most / walkers : NodeReader.most, reader.want)
             }
         }
     }

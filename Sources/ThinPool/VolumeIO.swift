@@ -43,6 +43,8 @@ public final class VolumeIO: @unchecked Sendable {
 
     /// Steps that need the lock, and steps whose block is filled.
     let asking = IndexQueue()
+    /// Of the former, those that this turn may still look at.
+    private var asksLeft = 0
     /// Steps that need it for a part of the map, however large: they go on by turns.
     let walking = IndexQueue()
     /// Leaves that they may still visit in this turn.
@@ -113,12 +115,16 @@ public final class VolumeIO: @unchecked Sendable {
 
     // MARK: - A turn
 
+    /// What of `asking` is looked at, and read ahead for, in one go.
+    static let askPortion = 64
+
     public func beginTurn() {
         turnEpoch = pool.epochs.now
         pool.epochs.publish(reader, min(turnEpoch, pins.oldest))
         inTurn = true
         bytesLeft = isShared ? bounds.sharedTurnBytes : bounds.turnBytes
         leavesLeft = bounds.turnLeaves
+        asksLeft = bounds.turnAsks
     }
 
     public func submit(_ request: VolumeRequest) {
@@ -152,17 +158,19 @@ public final class VolumeIO: @unchecked Sendable {
         precondition(inTurn)
         while true {
             if hasMail.load(ordering: .acquiring) || !asking.isEmpty || !filled.isEmpty
-                || !committing.isEmpty || (!walking.isEmpty && leavesLeft > 0)
+                || !committing.isEmpty || (!asking.isEmpty && asksLeft > 0)
+                || (!walking.isEmpty && leavesLeft > 0)
             {
                 underLock()
             }
             while bytesLeft > 0, let request = ready.popFirst() { issue(takeReady(request)) }
-            guard asking.isEmpty && filled.isEmpty && committing.isEmpty else { continue }
+            guard asking.isEmpty || asksLeft == 0, filled.isEmpty, committing.isEmpty
+            else { continue }
             startFlush()
             if !hasMail.load(ordering: .acquiring) { break }
         }
         inTurn = false
-        if !walking.isEmpty || !ready.isEmpty { wake() }
+        if !asking.isEmpty || !walking.isEmpty || !ready.isEmpty { wake() }
         pool.epochs.publish(reader, pins.oldest)
         // Ordered after the publication: either we see that somebody waits for a pin to go, or he
         // sees that ours is gone.
@@ -201,15 +209,32 @@ public final class VolumeIO: @unchecked Sendable {
         }
         // Filled blocks first: what waits for them is then resolved in the same turn.
         while let step = filled.popFirst() { insertFilled(step) }
-        if !asking.isEmpty || !walking.isEmpty { readAhead() }
-        while let step = asking.popFirst() { resolve(step) }
-        // Who waits for the lock has it as soon as may be; but a turn visits one leaf at least.
-        if pool.lock.isAwaited { leavesLeft = min(leavesLeft, 1) }
-        while leavesLeft > 0, let step = walking.popFirst() { resolve(step) }
+        resolveAsking()
+        while leavesLeft > 0, let step = walking.popFirst() {
+            resolve(step)
+            // Who waits for the lock has it as soon as may be; but a turn visits one leaf at least.
+            if pool.lock.isAwaited { leavesLeft = 0 }
+        }
         while let request = committing.popFirst() { joinCommit(request) }
         pool.endOperation()
         looksForMail = false
         pool.lock.unlock()
+    }
+
+    /// In portions that are read ahead together; who waits for the lock has it between them.
+    private func resolveAsking() {
+        if !asking.isEmpty || !walking.isEmpty { readAhead() }
+        var portion = Self.askPortion
+        while asksLeft > 0, let step = asking.popFirst() {
+            resolve(step)
+            asksLeft -= 1
+            portion -= 1
+            guard portion == 0 else { continue }
+            portion = Self.askPortion
+            pool.endOperation()
+            if pool.lock.isAwaited { pool.lock.letOthersIn() }
+            if !asking.isEmpty && asksLeft > 0 { readAhead() }
+        }
     }
 
     /// Leaves a message for this reactor. The lock is held.
