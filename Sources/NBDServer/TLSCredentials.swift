@@ -299,8 +299,10 @@ package enum TLSIdentity: Equatable, Sendable, CustomStringConvertible {
 
 /// A name that is let in. Part by part (CN=..., O=...), each as GnuTLS prints it, or with * for a
 /// whole value: never for a part of one, where an escaped comma would let it reach over parts.
+/// Bytes are compared: a character may hide a comma or an escape, and be equal to another one.
 struct NamePattern {
-    private let parts: [Substring]
+    private typealias Part = ArraySlice<UInt8>
+    private let parts: [Part]
 
     /// Nil: it is no name, each part of which has a type.
     init?(_ text: String) {
@@ -308,38 +310,48 @@ struct NamePattern {
         guard parts.allSatisfy(Self.hasType) else { return nil }
     }
 
-    private static func hasType(_ part: Substring) -> Bool {
-        let part = part.hasPrefix("+") ? part.dropFirst() : part
-        guard let sign = part.firstIndex(of: "="), sign > part.startIndex else { return false }
-        return part[..<sign].allSatisfy { $0.isASCII && ($0.isLetter || $0.isNumber || $0 == ".") }
+    private static func hasType(_ part: Part) -> Bool {
+        let part = part.first == UInt8(ascii: "+") ? part.dropFirst() : part
+        guard let sign = part.firstIndex(of: UInt8(ascii: "=")), sign > part.startIndex else {
+            return false
+        }
+        return part[..<sign].allSatisfy { byte in
+            switch Unicode.Scalar(byte) {
+            case "a"..."z", "A"..."Z", "0"..."9", ".": true
+            default: false
+            }
+        }
     }
 
     func matches(_ name: String) -> Bool {
         let found = Self.split(name)
         return found.count == parts.count
             && zip(parts, found).allSatisfy { part, found in
-                part == found || part.hasSuffix("=*") && found.hasPrefix(part.dropLast())
+                part == found
+                    || part.suffix(2).elementsEqual("=*".utf8)
+                        && found.starts(with: part.dropLast())
             }
     }
 
     /// At commas that are not escaped. A part with several values (a + that is not escaped) is
     /// split as well, so that * stands for one of them.
-    private static func split(_ name: String) -> [Substring] {
-        var parts: [Substring] = []
-        var start = name.startIndex
+    private static func split(_ name: String) -> [Part] {
+        let bytes = Array(name.utf8)
+        var parts: [Part] = []
+        var start = 0
         var isEscaped = false
-        for index in name.indices {
+        for (index, byte) in bytes.enumerated() {
             if isEscaped {
                 isEscaped = false
-            } else if name[index] == "\\" {
+            } else if byte == UInt8(ascii: "\\") {
                 isEscaped = true
-            } else if name[index] == "," || name[index] == "+" {
-                parts.append(name[start..<index])
+            } else if byte == UInt8(ascii: ",") || byte == UInt8(ascii: "+") {
+                parts.append(bytes[start..<index])
                 // With the sign: "a+b" and "a,b" are different names.
-                start = name[index] == "+" ? index : name.index(after: index)
+                start = byte == UInt8(ascii: "+") ? index : index + 1
             }
         }
-        parts.append(name[start...])
+        parts.append(bytes[start...])
         return parts
     }
 }

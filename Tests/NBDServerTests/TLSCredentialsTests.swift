@@ -131,5 +131,14 @@ import Testing
         #expect(part.matches("CN=al*"))
         #expect(try !#require(NamePattern("CN=a,O=b")).matches("CN=a+O=b"))
         #expect(try #require(NamePattern("CN=a+O=*")).matches("CN=a+O=b"))
+        // It makes one character with what follows it.
+        let joiner = "\u{600}"
+        let two = try #require(NamePattern("CN=*,O=Example"))
+        #expect(two.matches("CN=x\(joiner),O=Example"))
+        #expect(!two.matches("CN=x\(joiner)\\,O=Example"))
+        #expect(!two.matches("CN=bob\(joiner),OU=Guest,O=Example"))
+        #expect(!two.matches("CN=bob\(joiner)+UID=1,O=Example"))
+        // The Kelvin sign is equal to K for people.
+        #expect(try !#require(NamePattern("CN=K")).matches("CN=\u{212A}"))
     }
 }
