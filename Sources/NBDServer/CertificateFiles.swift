@@ -51,9 +51,10 @@ enum CertificateFiles {
         }
     }
 
-    /// Throws unless each list is of one of the authorities, and of now.
-    static func checkRevocation(
-        _ bytes: [UInt8], _ path: String, by authorities: [UInt8], _ authorityPath: String
+    /// Lets `trusted` look at the lists. Throws unless each is of one of the authorities, and of now.
+    static func addRevocation(
+        _ bytes: [UInt8], _ path: String, by authorities: [UInt8], _ authorityPath: String,
+        to trusted: gnutls_x509_trust_list_t
     ) throws(ServerError) -> RevocationPeriod {
         let authorities = try FileContents.certificates(authorities, authorityPath)
         let lists = try FileContents.revocationLists(bytes, path)
@@ -78,6 +79,12 @@ enum CertificateFiles {
             try checkSignature(list, path, authorities, authorityPath)
             end = min(end, next)
         }
+        // Not by gnutls_certificate_set_x509_crl_mem: of lists with one name it keeps the newest, and
+        // an authority with a new key has a list for each of its keys.
+        let added = gnutls_x509_trust_list_add_crls(
+            trusted, lists.list, UInt32(lists.count), 0, 0)
+        lists.forget()
+        guard added == lists.count else { throw unusable(path, TLSWords.error(added)) }
         return RevocationPeriod(path: path, end: end)
     }
 
@@ -118,7 +125,7 @@ enum CertificateFiles {
 private struct FileContents: ~Copyable {
     typealias List = UnsafeMutablePointer<OpaquePointer?>
 
-    private let list: List
+    let list: List
     private let release: (OpaquePointer?) -> Void
     let count: Int
 
@@ -154,6 +161,9 @@ private struct FileContents: ~Copyable {
             parse: { gnutls_x509_crl_list_import2($0, $1, $2, GNUTLS_X509_FMT_PEM, 0) },
             release: { gnutls_x509_crl_deinit($0) })
     }
+
+    /// Somebody else releases the objects.
+    func forget() { list.update(repeating: nil, count: count) }
 
     deinit {
         for index in 0..<count { release(list[index]) }

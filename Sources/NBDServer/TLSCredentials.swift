@@ -260,13 +260,10 @@ public final class TLSCredentials: @unchecked Sendable {
         let revocationPath = "\(directory)/\(revocationFile)"
         guard access(revocationPath, F_OK) == 0 else { return nil }
         let revoked = try SecretFile.read(revocationPath)
-        let period = try CertificateFiles.checkRevocation(
-            revoked, revocationPath, by: authorities, authorityPath)
-        let result = withData(revoked) {
-            gnutls_certificate_set_x509_crl_mem(credentials, $0, GNUTLS_X509_FMT_PEM)
-        }
-        guard result > 0 else { throw failure("use \(revocationPath)", result) }
-        return period
+        var trusted: gnutls_x509_trust_list_t?
+        gnutls_certificate_get_trust_list(credentials, &trusted)
+        return try CertificateFiles.addRevocation(
+            revoked, revocationPath, by: authorities, authorityPath, to: trusted!)
     }
 
     private static func failure(_ operation: String, _ code: Int32) -> ServerError {

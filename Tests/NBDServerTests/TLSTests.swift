@@ -140,6 +140,8 @@ import ThinPool
             Refusal(proof: .nothing), Refusal(proof: .certificate("stranger")),
             Refusal(proof: .certificate("distrustful")),
             Refusal(proof: .certificate("bob"), directory: "revoking"),
+            Refusal(proof: .certificate("bob"), directory: "renewed"),
+            Refusal(proof: .certificate("carol"), directory: "renewed"),
             Refusal(proof: .certificate("bob"), names: ["CN=alice,O=Example", "CN=b*,O=Example"]),
             Refusal(proof: .key("wrong", user: "alice")), Refusal(proof: .key("psk", user: "eve")),
         ], [TLSClient.tls12, TLSClient.tls13])
@@ -158,8 +160,9 @@ import ThinPool
         #expect(client.connection.isGone)
     }
 
-    @Test func othersOfTheSameAuthorityComeIn() throws {
-        let credentials = try TestCredentials.server("revoking") { $0.verifiesClients = true }
+    @Test(arguments: ["revoking", "renewed"])
+    func othersOfTheSameAuthorityComeIn(directory: String) throws {
+        let credentials = try TestCredentials.server(directory) { $0.verifiesClients = true }
         let client = client(credentials)
         try client.enter(.certificate("alice"))
         end(client)
