@@ -525,7 +525,9 @@ package final class Connection {
         guard greeting.sent(count), phase == .handshake else { return }
         if startsTLS {
             startsTLS = false
-            tls = TLSSession(credentials!)
+            do throws(ServerError) { tls = try TLSSession(credentials!) } catch {
+                breakOff("TLS handshake failed: \(error.reason)")
+            }
         } else if !isPaused {
             advanceHandshake(sink)
         }

@@ -84,6 +84,9 @@ public final class TLSCredentials: @unchecked Sendable {
     ) throws(ServerError) {
         var warnings: [String] = []
         var revocation: RevocationPeriod?
+        let priority =
+            (settings.priority ?? Self.defaultPriority)
+            + (settings.presharedKeys == nil ? "" : Self.presharedKeyExchange)
         self.clock = clock
         verifiesClients = settings.verifiesClients
         allowedNames = try settings.allowedNames.map { name throws(ServerError) in
@@ -99,8 +102,7 @@ public final class TLSCredentials: @unchecked Sendable {
             try settings.presharedKeys.map { path throws(ServerError) in
                 try PresharedKeys.read(path, &warnings)
             } ?? [:]
-        priorities = try Self.priorities(
-            settings.priority, withPresharedKeys: settings.presharedKeys != nil)
+        priorities = try Self.priorities(priority)
         do throws(ServerError) {
             certificate = try settings.certificates.map { directory throws(ServerError) in
                 try Self.loadCertificates(directory, settings, &revocation, &warnings)
@@ -118,6 +120,12 @@ public final class TLSCredentials: @unchecked Sendable {
                 type: GNUTLS_DT_KEY_PURPOSE_OID,
                 data: UnsafeMutableRawPointer(strdup(GNUTLS_KP_TLS_WWW_CLIENT))
                     .assumingMemoryBound(to: UInt8.self), size: 0))
+        // Some of what a priority lacks, GnuTLS says only to a session.
+        do throws(ServerError) { gnutls_deinit(try makeSession()) } catch {
+            throw ServerError(
+                operation: "use the TLS priority \(priority)", code: 0,
+                reason: "\(error.reason); change --tls-priority")
+        }
     }
 
     deinit {
@@ -130,8 +138,21 @@ public final class TLSCredentials: @unchecked Sendable {
 
     // MARK: - Sessions
 
-    /// Lets a new session use them. `owner` is what a callback of the session finds.
-    func equip(_ session: gnutls_session_t) -> Int32 {
+    /// A new session that uses them.
+    func makeSession() throws(ServerError) -> gnutls_session_t {
+        let flags =
+            GNUTLS_SERVER.rawValue | GNUTLS_NONBLOCK.rawValue | GNUTLS_NO_TICKETS.rawValue
+        var session: gnutls_session_t?
+        var result = gnutls_init(&session, flags)
+        if let session, result == 0 {
+            result = equip(session)
+            if result == 0 { return session }
+            gnutls_deinit(session)
+        }
+        throw Self.failure("begin with TLS", result)
+    }
+
+    private func equip(_ session: gnutls_session_t) -> Int32 {
         var result = gnutls_priority_set(session, priorities)
         if let certificate, result == 0 {
             result = gnutls_credentials_set(
@@ -197,10 +218,7 @@ public final class TLSCredentials: @unchecked Sendable {
 
     // MARK: - Loading
 
-    private static func priorities(
-        _ text: String?, withPresharedKeys: Bool
-    ) throws(ServerError) -> gnutls_priority_t {
-        let text = (text ?? defaultPriority) + (withPresharedKeys ? presharedKeyExchange : "")
+    private static func priorities(_ text: String) throws(ServerError) -> gnutls_priority_t {
         var priorities: gnutls_priority_t?
         var place: UnsafePointer<CChar>?
         let result = text.withCString { start in

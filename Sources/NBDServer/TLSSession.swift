@@ -66,13 +66,8 @@ package final class TLSSession {
     /// Who the client is, once the session is established.
     package private(set) var identity = TLSIdentity.none
 
-    package init(_ credentials: TLSCredentials) {
-        var created: gnutls_session_t?
-        let flags =
-            GNUTLS_SERVER.rawValue | GNUTLS_NONBLOCK.rawValue | GNUTLS_NO_TICKETS.rawValue
-        guard gnutls_init(&created, flags) == 0, let created, credentials.equip(created) == 0
-        else { fatalError("out of memory for a TLS session") }
-        session = created
+    package init(_ credentials: TLSCredentials) throws(ServerError) {
+        session = try credentials.makeSession()
         self.credentials = credentials
         input = .allocate(byteCount: Self.inputCapacity, alignment: 64)
         gathered = .allocate(byteCount: Self.recordSize, alignment: 64)

@@ -110,6 +110,15 @@ import Testing
                 .contains("+NOSUCH"))
     }
 
+    /// GnuTLS says so only to a session.
+    @Test(arguments: ["-CURVE-ALL", "-GROUP-ALL"]) func priorityWithoutGroupsIsNamed(end: String) {
+        let problem = message {
+            _ = try TestCredentials.server { $0.priority = "NORMAL:-VERS-ALL:+VERS-TLS1.3:" + end }
+        }
+        #expect(problem.contains("\(end): "))
+        #expect(problem.contains("--tls-priority"))
+    }
+
     @Test(arguments: ["", "alice", "*", "CN=alice,Example", "CN=alice, O=Example", "=alice"])
     func whatIsNoNameIsNamed(name: String) {
         #expect(

@@ -49,7 +49,7 @@ private final class TLSPair {
         }
     }
 
-    private let server = TLSSession(TLSPair.credentials)
+    private let server = try! TLSSession(TLSPair.credentials)
     private var client: gnutls_session_t!
     private var clientKeys: gnutls_psk_client_credentials_t!
     private var fromClient = Speech()
