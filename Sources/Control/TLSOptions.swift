@@ -25,6 +25,13 @@ public struct TLSOptions: Sendable {
                     the network can make them; --tls=require ends that
                     """)
             }
+            if self.credentials.certificates != nil && !self.credentials.verifiesClients {
+                logger?.warning(
+                    """
+                    clients with TLS need neither a certificate nor a key: anybody who reaches the \
+                    server may connect, encrypted; --tls-verify-peer ends that
+                    """)
+            }
             return TLSConfiguration(
                 credentials: credentials, policy: policy, requiredExports: requiredExports,
                 kernel: kernel)

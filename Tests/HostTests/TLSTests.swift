@@ -96,6 +96,7 @@ final class Credentials: Sendable {
                     .contains("24 MiB"))
         }
         try server.stop()
+        #expect(server.program.error.contains("anybody who reaches the server"))
     }
 
     // MARK: - What is refused
