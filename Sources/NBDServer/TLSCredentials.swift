@@ -276,7 +276,9 @@ public final class TLSCredentials: @unchecked Sendable {
         guard count > 0 else { throw failure("use \(authorityPath)", count) }
 
         let revocationPath = "\(directory)/\(revocationFile)"
-        guard access(revocationPath, F_OK) == 0 else { return nil }
+        // A link that leads nowhere is a list that is missing, not one that nobody made.
+        var status = stat()
+        if lstat(revocationPath, &status) != 0 && errno == ENOENT { return nil }
         let revoked = try SecretFile.read(revocationPath)
         var trusted: gnutls_x509_trust_list_t?
         gnutls_certificate_get_trust_list(credentials, &trusted)

@@ -102,6 +102,11 @@ import Testing
         #expect(message { _ = try TLSCredentials(settings) }.contains("nobody in "))
         try copy("revoking/ca-crl.pem", "ca-crl.pem")
         _ = try TLSCredentials(settings)
+        unlink("\(directory.path)/ca-crl.pem")
+        _ = try TLSCredentials(settings)
+        // There is to be a list, and it is not there.
+        symlink("nowhere", "\(directory.path)/ca-crl.pem")
+        #expect(message { _ = try TLSCredentials(settings) }.contains("ca-crl.pem: no such file"))
     }
 
     @Test func badPriorityIsNamed() {
