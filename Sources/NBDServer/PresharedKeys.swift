@@ -1,9 +1,11 @@
 // Files of pre-shared keys, as psktool writes them: a line "user:key" for each user, the key in
-// hexadecimal digits.
+// hexadecimal digits. So is a user behind #: psktool writes it that way if it has a colon.
 
 enum PresharedKeys {
     /// Fewer bytes can be guessed, more GnuTLS does not take.
     private static let keyBytes = 16...64
+    /// GnuTLS takes no longer ones.
+    private static let longestUser = 128
 
     static func read(
         _ path: String, _ warnings: inout [String]
@@ -17,9 +19,21 @@ enum PresharedKeys {
                     operation: "use \(path)", code: 0,
                     reason: "line \(index + 1) \(reason); make it with \"psktool -u USER\"")
             }
-            guard let colon = line.lastIndex(of: UInt8(ascii: ":")), colon > line.startIndex,
-                let name = String(validating: line[..<colon], as: UTF8.self), !name.contains("\0")
+            guard let colon = line.lastIndex(of: UInt8(ascii: ":")), colon > line.startIndex
             else { throw wrong("is not USER:KEY") }
+            let isHexadecimal = line.first == UInt8(ascii: "#")
+            let user =
+                isHexadecimal ? fromHexadecimal(line[..<colon].dropFirst()) : Array(line[..<colon])
+            guard let user, !user.isEmpty, let name = String(validating: user, as: UTF8.self),
+                !name.contains("\0")
+            else {
+                throw wrong(
+                    isHexadecimal
+                        ? "has # and no user in hexadecimal digits behind it" : "is not USER:KEY")
+            }
+            guard user.count <= longestUser else {
+                throw wrong("has a user of \(user.count) bytes, more than \(longestUser)")
+            }
             guard let key = fromHexadecimal(line[(colon + 1)...]), keyBytes.contains(key.count)
             else {
                 throw wrong(

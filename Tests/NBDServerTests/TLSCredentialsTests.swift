@@ -34,6 +34,9 @@ import Testing
     @Test func keysAreRead() throws {
         let key = String(repeating: "0f", count: 32)
         #expect(try keys("alice:\(key)\nbob:with:colons:\(key)\n").warnings == [])
+        #expect(try keys("#c3BC3A:\(key)\n").warnings == [])
+        let longest = String(repeating: "a", count: 128)
+        #expect(try keys("\(longest):\(key)\n").warnings == [])
     }
 
     @Test(arguments: [
@@ -45,6 +48,18 @@ import Testing
         (
             "a:00112233445566778899aabbccddeeff\na:00112233445566778899aabbccddeeff\n",
             "line 2 has a user who has a key already"
+        ),
+        (
+            "a:b:00112233445566778899aabbccddeeff\n#613A62:00112233445566778899aabbccddeeff\n",
+            "line 2 has a user who has a key already"
+        ),
+        ("#61g2:00112233445566778899aabbccddeeff\n", "line 1 has # and no user in hexadecimal"),
+        ("#616:00112233445566778899aabbccddeeff\n", "line 1 has # and no user in hexadecimal"),
+        ("#6100:00112233445566778899aabbccddeeff\n", "line 1 has # and no user in hexadecimal"),
+        ("#:00112233445566778899aabbccddeeff\n", "line 1 has # and no user in hexadecimal"),
+        (
+            String(repeating: "a", count: 129) + ":00112233445566778899aabbccddeeff\n",
+            "line 1 has a user of 129 bytes, more than 128"
         ),
     ]) func badKeysAreNamed(contents: String, expected: String) {
         #expect(message { _ = try keys(contents) }.contains(expected))
