@@ -297,7 +297,7 @@ package enum TLSIdentity: Equatable, Sendable, CustomStringConvertible {
     case none
     /// The user of a pre-shared key.
     case presharedKey(String)
-    /// The name in a verified certificate, as RFC 4514 writes it.
+    /// The name in a verified certificate, as RFC 4514 writes it; it may be empty.
     case certificate(String)
 
     /// For the log, where nobody's name may begin a line.
@@ -305,6 +305,7 @@ package enum TLSIdentity: Equatable, Sendable, CustomStringConvertible {
         switch self {
         case .none: "anybody"
         case .presharedKey(let name): "PSK user \(Self.printable(name))"
+        case .certificate(""): "(no name)"
         case .certificate(let name): Self.printable(name)
         }
     }

@@ -185,9 +185,13 @@ package final class TLSSession {
         guard gnutls_x509_crt_init(&certificate) == 0, let certificate else { return nil }
         defer { gnutls_x509_crt_deinit(certificate) }
         var name = gnutls_datum_t()
-        guard gnutls_x509_crt_import(certificate, chain, GNUTLS_X509_FMT_DER) == 0,
-            gnutls_x509_crt_get_dn3(certificate, &name, 0) == 0, let data = name.data
-        else { return nil }
+        guard gnutls_x509_crt_import(certificate, chain, GNUTLS_X509_FMT_DER) == 0 else {
+            return nil
+        }
+        let result = gnutls_x509_crt_get_dn3(certificate, &name, 0)
+        // Who it is for may be said elsewhere in it.
+        if result == GNUTLS_E_REQUESTED_DATA_NOT_AVAILABLE { return .certificate("") }
+        guard result == 0, let data = name.data else { return nil }
         defer { cgnutls_free(data) }
         let bytes = UnsafeBufferPointer(start: data, count: Int(name.size))
         return String(validating: bytes, as: UTF8.self).map { .certificate($0) }

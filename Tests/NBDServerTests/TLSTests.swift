@@ -126,6 +126,31 @@ import ThinPool
         }
     }
 
+    @Test func certificateWithoutANameIsOne() throws {
+        for version in [TLSClient.tls12, TLSClient.tls13] {
+            let client = client(try TestCredentials.server { $0.verifiesClients = true })
+            try client.enter(.certificate("nameless"), version)
+            #expect(client.connection.identity == .certificate(""))
+            #expect("\(client.connection.identity)" == "(no name)")
+            end(client)
+        }
+        let credentials = try TestCredentials.server {
+            $0.verifiesClients = true
+            $0.allowedNames = ["CN=*"]
+        }
+        let client = client(credentials)
+        #expect(throws: ClientError.self) { try client.enter(.certificate("nameless")) }
+        client.hangUp()
+        #expect(client.connection.problem?.hasSuffix("that are let in: (no name)") == true)
+    }
+
+    @Test func usersMayHaveColons() throws {
+        let client = client(try TestCredentials.server(psk: "colon"))
+        try client.enter(.key("colon", user: "al:ice"))
+        #expect(client.connection.identity == .presharedKey("al:ice"))
+        end(client)
+    }
+
     // MARK: - Who is turned away
 
     struct Refusal: Sendable, CustomStringConvertible {
