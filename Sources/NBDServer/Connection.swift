@@ -380,7 +380,7 @@ package final class Connection {
         if tls.isEstablished && tls.isFlushed {
             if let message = nextPlaintext() {
                 if case .failed(let reason) = tls.seal(message) {
-                    breakOff("TLS: \(reason)")
+                    breakOff(tls.wasCutOff ? nil : "TLS: \(reason)")
                     return nil
                 }
             } else if isAnswered && !tls.hasSaidGoodbye {

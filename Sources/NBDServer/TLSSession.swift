@@ -63,6 +63,8 @@ package final class TLSSession {
 
     package private(set) var isEstablished = false
     package private(set) var hasSaidGoodbye = false
+    /// The client has ended the stream without a goodbye: GnuTLS encrypts nothing more.
+    package private(set) var wasCutOff = false
     /// Who the client is, once the session is established.
     package private(set) var identity = TLSIdentity.none
 
@@ -212,7 +214,10 @@ package final class TLSSession {
             let result = gnutls_record_recv(session, space.baseAddress, space.count)
             if result > 0 { return .bytes(result) }
             switch Int32(result) {
-            case 0, GNUTLS_E_PREMATURE_TERMINATION:
+            case 0:
+                return .end
+            case GNUTLS_E_PREMATURE_TERMINATION:
+                wasCutOff = true
                 return .end
             case GNUTLS_E_REHANDSHAKE:
                 return .failed("the client wants to negotiate TLS anew")

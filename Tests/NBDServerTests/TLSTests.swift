@@ -336,6 +336,25 @@ import ThinPool
         #expect(buffers.inUse == 0)
     }
 
+    /// GnuTLS encrypts nothing more then.
+    @Test(arguments: [TLSClient.tls12, TLSClient.tls13])
+    func endWithoutGoodbyeBeforeAReplyIsNoError(version: String) throws {
+        let client = client(try TestCredentials.server())
+        try client.enter(.nothing, version)
+        client.isDeaf = true
+        for cookie in UInt64(1)...2 {
+            try client.send(Client.request(.read, cookie: cookie, length: 4096))
+        }
+        client.hangUp()
+        #expect(client.connection.phase == .draining)
+        client.isDeaf = false
+        client.connection.isSending = false
+        client.pump()
+        #expect(client.connection.problem == nil)
+        #expect(client.connection.isGone)
+        #expect(buffers.inUse == 0)
+    }
+
     @Test func negotiatingAnewIsRefused() throws {
         let client = client(try TestCredentials.server())
         try client.enter(.nothing, TLSClient.tls12)
