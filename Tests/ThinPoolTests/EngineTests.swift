@@ -141,6 +141,44 @@ private final class NoDataIO: DataIO {
             queries.allSatisfy { $0.extents == [[Extent(length: v.size, status: 0)]] })
     }
 
+    /// A request that has hundreds of blocks to find leaves the turn to others after some of them.
+    @Test func aTurnLooksUpABoundedNumber() throws {
+        let blocks = 300
+        var options = PoolOptions()
+        (options.bounds.window, options.bounds.turnAsks) = (1000, 16)
+        let bench = try Bench(dataBlocks: blocks + 20, options: options)
+        let length = blocks * Bench.blockSize
+        try bench.change(.create(name: "v", size: UInt64(length)))
+        let v = try bench.volume("v")
+        let before = bench.recording.ios.count
+        bench.holds = { $0.device == .data }
+        let request = bench.send(.writeZeroes, v, length: length, noHole: true)
+        #expect(1...16 ~= bench.recording.ios.count - before)
+        bench.holds = { _ in false }
+        try bench.settle { bench.answer(request) != nil }
+        #expect(bench.answer(request) == 0)
+        let query = ExtentQuery(kinds: [.allocation], limit: 3)
+        #expect(try bench.ask(query, v, at: 0, length: length) == 0)
+        #expect(query.extents == [[Extent(length: UInt64(length), status: 0)]])
+    }
+
+    /// What one unmap gives back does not all come with one commit.
+    @Test func anUnmapWaitsForCommits() throws {
+        var bounds = PoolBounds()
+        bounds.deletionBatch = 100
+        let (bench, v) = try mapped(blocks: 1000, bounds)
+        try bench.rest()
+        let unmap = bench.send(.trim, v, length: Int(v.size))
+        var most = 0
+        try bench.settle {
+            most = max(most, bench.pool.metadata.discardedBlocks)
+            return bench.answer(unmap) != nil
+        }
+        #expect(bench.answer(unmap) == 0)
+        #expect(1..<300 ~= most)
+        #expect(try bench.sectors(v, blocks: 0..<1000).allSatisfy { $0 == 0 })
+    }
+
     /// What is left of a request that nobody waits for is not done.
     @Test(arguments: [VolumeOperation.writeZeroes, .extents])
     func abandonedRequestsEnd(_ operation: VolumeOperation) throws {
