@@ -65,7 +65,8 @@ struct StatusQuery {
     /// between them than all.
     static func mostMemory(_ contexts: VolumeContexts, _ chunk: ChunkHeader) -> Int {
         (contexts.selected.count - 1) * chunk.statusSize(extents: 0)
-            + chunk.statusSize(extents: Limits.maximumExtents) + bytes(extents: Limits.maximumExtents)
+            + chunk.statusSize(extents: Limits.maximumExtents)
+            + bytes(extents: Limits.maximumExtents)
     }
 
     private static func bytes(extents: Int) -> Int { extents * MemoryLayout<Extent>.stride }

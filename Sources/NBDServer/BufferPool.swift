@@ -29,8 +29,9 @@ package final class BufferPool {
     private var freePlaces = Array(0..<placeCount)
 
     static let smallest = 4096
-    /// What one place holds: the requests of file systems, but not those of copying programs.
-    static let placeSize = 128 << 10
+    /// What one place holds: the requests of file systems and any block status, but not what copying
+    /// programs read and write.
+    static let placeSize = 256 << 10
     static let placeCount = 32
     package static let largest = Int(Limits.maximumPayload)
     private static let classCount = 14

@@ -49,8 +49,8 @@ package final class MappingTable: @unchecked Sendable {
     private let paged: UnsafeMutablePointer<UInt16>
     private let stretches: Int
     /// Words that take a page of the system's memory as soon as one of them is written.
-    private static let stretch = 512
-    private static let stretchBytes = stretch * MemoryLayout<Atomic<UInt>>.stride
+    private static let stretch = stretchBytes / MemoryLayout<Atomic<UInt>>.stride
+    private static let stretchBytes = max(4096, Int(sysconf(Int32(_SC_PAGESIZE))))
     /// Bytes of the pages, and of the directory's stretches, that are present. Under the lock.
     private(set) var bytes = 0
 

@@ -94,8 +94,9 @@ extension VolumeIO {
     /// for some of those who wait, and theirs then comes back with the one after it.
     private static let unmapPatience: UInt8 = 100
 
-    /// In one go: each mapping may have to have a bitmap read.
-    private static let mostLeavesUnmapped = 4
+    /// In one go: each mapping may have to have a bitmap read. A whole node is among it, so that a
+    /// shared one is dropped, not copied to be emptied.
+    private static let mostLeavesUnmapped = 8
     /// Busy blocks that are gone through in the time for a leaf.
     private static let cellsOfLeaf = 1024
 
@@ -119,7 +120,7 @@ extension VolumeIO {
             return pool.park(reference(index), in: &pool.metadataWaiters)
         }
         let perLeaf = bounds.unmapsPerLeaf
-        let leaves = min(max(leavesLeft, 1), Self.mostLeavesUnmapped)
+        let leaves = pool.lock.isAwaited ? 1 : Self.mostLeavesUnmapped
         switch pool.unmap(volume, range, limit: perLeaf * leaves) {
         case .failure(ENOSPC)
         where step.pointee.commitsAwaited < Self.unmapPatience && pool.commitGivesBack:

@@ -12,7 +12,7 @@ extension VolumeIO {
         let reader = nodes ?? pool.makeNodeReader()
         nodes = reader
         pool.readAhead(reader) { () throws(MetadataError) in
-            let walkers = min(walking.count, leavesLeft)
+            let walkers = max(0, min(walking.count, leavesLeft))
             let askers = min(asking.count, Self.askPortion)
             for place in 0..<askers + walkers where !reader.isFull {
                 let isWalker = place >= askers

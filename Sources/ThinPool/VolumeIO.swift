@@ -47,7 +47,7 @@ public final class VolumeIO: @unchecked Sendable {
     private var asksLeft = 0
     /// Steps that need it for a part of the map, however large: they go on by turns.
     let walking = IndexQueue()
-    /// Leaves that they may still visit in this turn.
+    /// Leaves that they may still visit in this turn; negative when the last one was dearer.
     var leavesLeft = 0
     let filled = IndexQueue()
     /// Requests that have steps with I/O to issue; each of them is here once.
@@ -157,9 +157,8 @@ public final class VolumeIO: @unchecked Sendable {
     public func endTurn() {
         precondition(inTurn)
         while true {
-            if hasMail.load(ordering: .acquiring) || !asking.isEmpty || !filled.isEmpty
-                || !committing.isEmpty || (!asking.isEmpty && asksLeft > 0)
-                || (!walking.isEmpty && leavesLeft > 0)
+            if hasMail.load(ordering: .acquiring) || !filled.isEmpty || !committing.isEmpty
+                || (!asking.isEmpty && asksLeft > 0) || (!walking.isEmpty && leavesLeft > 0)
             {
                 underLock()
             }

@@ -96,10 +96,12 @@ private final class NoDataIO: DataIO {
     }
 
     /// A bench with a volume "v" whose blocks are all mapped.
-    private func mapped(blocks: Int, _ bounds: PoolBounds) throws -> (Bench, Volume) {
+    private func mapped(
+        blocks: Int, _ bounds: PoolBounds, spare: Int = 0
+    ) throws -> (Bench, Volume) {
         var options = PoolOptions()
         options.bounds = bounds
-        let bench = try Bench(dataBlocks: blocks + 20, options: options)
+        let bench = try Bench(dataBlocks: blocks + spare + 20, options: options)
         let length = blocks * Bench.blockSize
         try bench.change(.create(name: "v", size: UInt64(length)))
         let v = try bench.volume("v")
@@ -160,6 +162,28 @@ private final class NoDataIO: DataIO {
         let query = ExtentQuery(kinds: [.allocation], limit: 3)
         #expect(try bench.ask(query, v, at: 0, length: length) == 0)
         #expect(query.extents == [[Extent(length: UInt64(length), status: 0)]])
+    }
+
+    /// An unmap that went past thousands of busy blocks has used up the turn, and more; the turn goes on
+    /// when one of them is filled.
+    @Test func anUnmapBesideManyFills() throws {
+        let blocks = 3000
+        var bounds = PoolBounds()
+        (bounds.turnLeaves, bounds.window, bounds.steps, bounds.turnAsks) = (1, 4000, 9000, 9000)
+        let (bench, v) = try mapped(blocks: 600, bounds, spare: blocks)
+        try bench.change(.create(name: "w", size: UInt64(blocks * Bench.blockSize)))
+        let w = try bench.volume("w")
+        bench.holds = { $0.device == .data }
+        // The second waits for the blocks of the first.
+        let fills = (0..<2).map { _ in
+            bench.send(.writeZeroes, w, length: blocks * Bench.blockSize, noHole: true)
+        }
+        try bench.settle()
+        let unmap = bench.send(.trim, v, length: Int(v.size))
+        #expect(bench.answer(unmap) == nil)
+        bench.holds = { _ in false }
+        try bench.settle { (fills + [unmap]).allSatisfy { bench.answer($0) != nil } }
+        #expect((fills + [unmap]).allSatisfy { bench.answer($0) == 0 })
     }
 
     /// What one unmap gives back does not all come with one commit.
