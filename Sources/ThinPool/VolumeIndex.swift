@@ -6,7 +6,7 @@ struct VolumeIndex {
     /// Which of `families` each volume belongs to.
     private var familyOf: [String: Int] = [:]
     /// Volumes that descend from one another, over others that may be gone; each list sorted.
-    private var families: [[String]] = []
+    private var families: [Int: [String]] = [:]
 
     init(_ entries: [Catalogue.Entry]) {
         let sorted = entries.sorted { $0.name < $1.name }
@@ -20,14 +20,9 @@ struct VolumeIndex {
                 kin.join(index, .family(family))
             }
         }
-        var numbers: [Int: Int] = [:]
         for (index, name) in names.enumerated() {
-            let family = numbers[kin.head(of: index), default: families.count]
-            if family == families.count {
-                numbers[kin.head(of: index)] = family
-                families.append([])
-            }
-            families[family].append(name)
+            let family = kin.head(of: index)
+            families[family, default: []].append(name)
             familyOf[name] = family
         }
     }
@@ -46,7 +41,7 @@ struct VolumeIndex {
     /// The others of its family: sorted, at most `limit`.
     func relatives(of name: String, limit: Int) -> [String] {
         guard let family = familyOf[name] else { return [] }
-        return Array(families[family].lazy.filter { $0 != name }.prefix(max(0, limit)))
+        return Array(families[family]!.lazy.filter { $0 != name }.prefix(max(0, limit)))
     }
 }
 
