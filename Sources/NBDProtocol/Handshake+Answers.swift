@@ -79,13 +79,12 @@ extension Handshake {
         if format == .extended {
             return .close(.violation("EXPORT_NAME after EXTENDED_HEADERS"))
         }
-        let contexts = isPossible(name) ? selectedContexts(of: name) : []
-        let opening =
-            isPossible(name)
-            ? exports.open(name, contexts: contexts, secure: isSecure) : .absent
-        switch opening {
+        let isAbsent = Outcome.close(.violation("there is no export of the name asked for"))
+        guard isPossible(name) else { return isAbsent }
+        let contexts = selectedContexts(of: name)
+        switch exports.open(name, contexts: contexts, secure: isSecure) {
         case .absent:
-            return .close(.violation("there is no export of the name asked for"))
+            return isAbsent
         case .requiresTLS:
             return .close(.violation("the export asked for requires TLS"))
         case .refused(let text):
